@@ -1,0 +1,1 @@
+"""Systems: one file per paper, and the towers that papers share."""

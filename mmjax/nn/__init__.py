@@ -1,0 +1,1 @@
+"""Mathematics that no paper owns, and the only home of logical axis names."""

@@ -1,0 +1,178 @@
+"""Projections, embeddings and activations, each with its logical axes."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.nn.partitioning import Initializer, declared
+
+# Names follow Hugging Face's `hidden_act`, so that configs carry over.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+# The logical axes of kernels, from input to output dimensions.
+EMBED_TO_HEADS = ("embed", "heads", "head_dim")
+HEADS_TO_EMBED = ("heads", "head_dim", "embed")
+EMBED_TO_MLP = ("embed", "mlp")
+MLP_TO_EMBED = ("mlp", "embed")
+EMBED_TO_VOCAB = ("embed", "vocab")
+EMBED_TO_JOINT = ("embed", "joint")
+
+ZEROS: Initializer = nn.initializers.zeros
+XAVIER: Initializer = nn.initializers.xavier_uniform()
+
+
+def normal(std: float) -> Initializer:
+  """Normal of the given standard deviation."""
+  return nn.initializers.normal(std)
+
+
+class Linear(nn.Module):
+  """A matrix product over the last input dimensions.
+
+  Attributes:
+    features: the output dimensions; the kernel is `[*inputs, *features]`, and
+      as many trailing input dimensions are contracted as `axes` leaves over.
+    axes: one logical axis per kernel dimension.
+    kernel_init: drawn for the flattened `[inputs, outputs]` matrix, so that
+      its fans are those of the matrix product.
+    bias_init: None for no bias.
+    dtype: of the computation; parameters stay in float32.
+  """
+
+  features: int | Sequence[int]
+  axes: Sequence[str | None]
+  kernel_init: Initializer = XAVIER
+  bias_init: Initializer | None = ZEROS
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[..., *inputs]` to `[..., *features]`."""
+    single = isinstance(self.features, int)
+    features = (self.features,) if single else tuple(self.features)
+    contracted = len(self.axes) - len(features)
+    inputs = x.shape[-contracted:]
+
+    def flat_init(rng: jax.Array, shape: Sequence[int], dtype: Any):
+      flat = math.prod(inputs), math.prod(features)
+      return self.kernel_init(rng, flat, dtype).reshape(shape)
+
+    kernel = self.param(
+        "kernel",
+        declared(flat_init, *self.axes),
+        (*inputs, *features),
+        jnp.float32,
+    )
+    y = jnp.tensordot(
+        x.astype(self.dtype), kernel.astype(self.dtype), axes=contracted
+    )
+    if self.bias_init is not None:
+      bias = self.param(
+          "bias",
+          declared(self.bias_init, *self.axes[contracted:]),
+          features,
+          jnp.float32,
+      )
+      y += bias.astype(self.dtype)
+    return y
+
+
+class PatchEmbed(nn.Module):
+  """Cuts an image into patches and projects each (ViT, section 3.1).
+
+  Equal to a convolution whose kernel and stride are the patch, written as the
+  one matrix product that it is.
+
+  Attributes:
+    patch: side of a patch, pixels.
+    features: output width D.
+    kernel_init: drawn for the flattened `[P * P * C, D]` matrix.
+    bias_init: None for no bias.
+    dtype: of the computation.
+  """
+
+  patch: int
+  features: int
+  kernel_init: Initializer = XAVIER
+  bias_init: Initializer | None = ZEROS
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, image: jax.Array) -> jax.Array:
+    """Maps f32[B, H, W, C] to [B, H / P, W / P, D].
+
+    Raises:
+      ValueError: if a side of the image is no multiple of the patch.
+    """
+    chex.assert_rank(image, 4)
+    batch, height, width, channels = image.shape
+    p = self.patch
+    if height % p or width % p:
+      raise ValueError(
+          f"image of {height}x{width} pixels: both sides must be multiples of "
+          f"the patch of {p}"
+      )
+
+    def flat_init(rng: jax.Array, shape: Sequence[int], dtype: Any):
+      flat = p * p * channels, self.features
+      return self.kernel_init(rng, flat, dtype).reshape(shape)
+
+    kernel = self.param(
+        "kernel",
+        declared(flat_init, "patch", "patch", None, "embed"),
+        (p, p, channels, self.features),
+        jnp.float32,
+    )
+    x = image.reshape(batch, height // p, p, width // p, p, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(*x.shape[:3], p * p * channels).astype(self.dtype)
+    y = x @ kernel.reshape(-1, self.features).astype(self.dtype)
+    if self.bias_init is not None:
+      bias = self.param(
+          "bias",
+          declared(self.bias_init, "embed"),
+          (self.features,),
+          jnp.float32,
+      )
+      y += bias.astype(self.dtype)
+    return y
+
+
+class Embed(nn.Module):
+  """A table of one vector per token id.
+
+  Attributes:
+    vocab: number of rows V.
+    features: width D.
+    table_init: of the table.
+    dtype: of the result.
+  """
+
+  vocab: int
+  features: int
+  table_init: Initializer = normal(0.02)
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps i32[...] to [..., D]."""
+    table = self.param(
+        "embedding",
+        declared(self.table_init, "vocab", "embed"),
+        (self.vocab, self.features),
+        jnp.float32,
+    )
+    return jnp.take(table.astype(self.dtype), tokens, axis=0)

@@ -1,0 +1,38 @@
+"""Normalisation layers; statistics are always taken in float32."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.nn.partitioning import declared
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation over the last dimension (Ba et al. 2016).
+
+  Attributes:
+    epsilon: added to the variance. It differs between papers (1e-5 CLIP, 1e-6
+      ViT, 1e-12 BERT and Hugging Face's ViT), so there is no default.
+    dtype: of the result.
+  """
+
+  epsilon: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [..., D] to [..., D]."""
+    shape = x.shape[-1:]
+    scale = self.param(
+        "scale", declared(nn.initializers.ones, None), shape, jnp.float32
+    )
+    bias = self.param(
+        "bias", declared(nn.initializers.zeros, None), shape, jnp.float32
+    )
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(variance + self.epsilon)
+    return (y * scale + bias).astype(self.dtype)

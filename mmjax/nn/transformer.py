@@ -1,0 +1,158 @@
+"""The pre-norm transformer block, and stacks of blocks under one scan."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax import config, sharding
+from mmjax.nn import linear
+from mmjax.nn.attention import Attention
+from mmjax.nn.mask import Mask
+from mmjax.nn.norm import LayerNorm
+from mmjax.nn.partitioning import Initializer
+
+# What the backward pass recomputes: nothing; everything inside a block; or all
+# but the results of matrix products with parameters.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInit:
+  """The initializers of one block; the defaults are ViT's."""
+
+  qkv: Initializer = linear.XAVIER
+  qkv_bias: Initializer | None = linear.ZEROS
+  out: Initializer = linear.XAVIER
+  up: Initializer = linear.XAVIER
+  down: Initializer = linear.XAVIER
+  mlp_bias: Initializer = linear.normal(1e-6)
+
+
+class Mlp(nn.Module):
+  """Two projections with an activation between them.
+
+  Attributes:
+    hidden: width between the projections.
+    activation: name in `linear.ACTIVATIONS`.
+    inits: initializers.
+    dropout: rate after the activation and after the second projection.
+    dtype: of the computation.
+  """
+
+  hidden: int
+  activation: str
+  inits: BlockInit
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, L, D] to [B, L, D]."""
+    y = linear.Linear(
+        self.hidden,
+        linear.EMBED_TO_MLP,
+        self.inits.up,
+        self.inits.mlp_bias,
+        self.dtype,
+        name="up",
+    )(x)
+    y = sharding.constrain(y, "batch", "length", "mlp")
+    y = linear.ACTIVATIONS[self.activation](y)
+    y = dropout(self, y, self.dropout)
+    y = linear.Linear(
+        x.shape[-1],
+        linear.MLP_TO_EMBED,
+        self.inits.down,
+        self.inits.mlp_bias,
+        self.dtype,
+        name="down",
+    )(y)
+    return dropout(self, y, self.dropout)
+
+
+class Block(nn.Module):
+  """A pre-norm transformer block (ViT, equations 2 and 3).
+
+  Attributes:
+    heads: attention heads.
+    mlp: hidden width of the MLP.
+    activation: name in `linear.ACTIVATIONS`.
+    epsilon: of the layer norms.
+    inits: initializers.
+    dropout: rate, active where the caller gives a `dropout` rng.
+    dtype: of the computation; the residual stream has it too.
+  """
+
+  heads: int
+  mlp: int
+  activation: str
+  epsilon: float
+  inits: BlockInit = BlockInit()
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
+    """Maps [B, L, D] to [B, L, D]; the None is what `nn.scan` stacks."""
+    x = sharding.constrain(x, "batch", "length", None)
+    y = LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
+    y = Attention(
+        self.heads,
+        self.inits.qkv,
+        self.inits.out,
+        self.inits.qkv_bias,
+        self.dtype,
+        name="attention",
+    )(y, mask)
+    x = x + dropout(self, y, self.dropout)
+    y = LayerNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
+    y = Mlp(
+        self.mlp,
+        self.activation,
+        self.inits,
+        self.dropout,
+        self.dtype,
+        name="mlp",
+    )(y)
+    return x + y, None
+
+
+def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+  """Dropout that is active exactly where the caller gave a `dropout` rng."""
+  if rate == 0.0 or not module.has_rng("dropout"):
+    return x
+  keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), 0.0).astype(x.dtype)
+
+
+def stacked(block: type[nn.Module], depth: int, remat: str) -> Any:
+  """A block class whose parameters are stacked `[depth, ...]` and scanned.
+
+  One scanned body compiles several times faster than `depth` copies of it.
+
+  Args:
+    block: a module class called as `block(x, *broadcast) -> (x, None)`.
+    depth: number of blocks.
+    remat: name in `REMAT`.
+
+  Returns:
+    The class to instantiate with the block's attributes.
+  """
+  policy = config.pick(REMAT, remat, "remat")
+  if policy is not None:
+    block = nn.remat(block, policy=policy, prevent_cse=False)
+  return nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=nn.broadcast,
+      length=depth,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+  )

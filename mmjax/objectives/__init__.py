@@ -1,0 +1,1 @@
+"""Objectives: arrays to loss terms. They know no model."""

@@ -1,0 +1,1 @@
+"""Training: stages, the one step, the loop, checkpoints."""

@@ -1,0 +1,163 @@
+"""Optimizers and schedules that configs name, and their split over parameters.
+
+Parameters, gradients and optimizer states are flat dicts `path -> array`.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmjax.train import rules as rules_lib
+
+Rules = Sequence[tuple[str, optax.GradientTransformation | None]]
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def cosine(
+    peak: float, steps: int, warmup: int = 0, end: float = 0.0
+) -> Schedule:
+  """Linear warm-up from zero, then a half cosine down to `end`.
+
+  Args:
+    peak: the highest value.
+    steps: total steps, warm-up included.
+    warmup: steps of warm-up.
+    end: the last value.
+  """
+  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
+
+
+def linear(
+    peak: float, steps: int, warmup: int = 0, end: float = 0.0
+) -> Schedule:
+  """Linear warm-up from zero, then a straight line down to `end`."""
+  return optax.join_schedules(
+      [
+          optax.linear_schedule(0.0, peak, max(warmup, 1)),
+          optax.linear_schedule(peak, end, steps - warmup),
+      ],
+      [warmup],
+  )
+
+
+def adamw(
+    lr: float | Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay: str = ".*kernel",
+    clip: float | None = None,
+    maximum: float | None = None,
+) -> optax.GradientTransformation:
+  """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
+
+  Args:
+    lr: learning rate or schedule.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: factor, multiplied by the learning rate.
+    decay: which parameters decay; matched against whole paths.
+    clip: largest global norm of the gradients of this rule.
+    maximum: the parameters are kept at or below it (CLIP's temperature).
+  """
+  return optax.chain(
+      optax.clip_by_global_norm(clip) if clip else optax.identity(),
+      optax.scale_by_adam(b1, b2, eps),
+      _decay(weight_decay, decay),
+      optax.scale_by_learning_rate(lr),
+      optax.identity() if maximum is None else keep_below(maximum),
+  )
+
+
+def sgd(
+    lr: float | Schedule,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    decay: str = ".*kernel",
+    clip: float | None = None,
+) -> optax.GradientTransformation:
+  """Gradient descent with momentum and decoupled weight decay."""
+  return optax.chain(
+      optax.clip_by_global_norm(clip) if clip else optax.identity(),
+      optax.trace(momentum),
+      _decay(weight_decay, decay),
+      optax.scale_by_learning_rate(lr),
+  )
+
+
+def _decay(factor: float, pattern: str) -> optax.GradientTransformation:
+  if not factor:
+    return optax.identity()
+
+  def mask(params: Mapping[str, Any]) -> dict[str, bool]:
+    return {path: bool(re.fullmatch(pattern, path)) for path in params}
+
+  return optax.add_decayed_weights(factor, mask)
+
+
+def keep_below(maximum: float) -> optax.GradientTransformation:
+  """Cuts updates so that no parameter ends above `maximum`.
+
+  Unlike a clamp in the forward pass it leaves the gradient alive, so that a
+  parameter at the bound can come down again.
+  """
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    cut = lambda u, p: jnp.minimum(p + u, maximum) - p
+    return jax.tree.map(cut, updates, params), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def live_paths(paths: Sequence[str], rules: Rules) -> set[str]:
+  """The paths whose rule is not None, i.e. which are trained."""
+  owner = rules_lib.assign(paths, [pattern for pattern, _ in rules], "optim")
+  return {path for path, index in owner.items() if rules[index][1] is not None}
+
+
+def partition(
+    paths: Sequence[str], rules: Rules
+) -> optax.GradientTransformation:
+  """One transformation that gives each live parameter to its rule's.
+
+  Args:
+    paths: of all parameters, live and frozen.
+    rules: ordered (pattern, transformation); None freezes.
+
+  Returns:
+    A transformation of live parameters, whose state is a dict from the number
+    of a rule to the state of its transformation.
+  """
+  owner = rules_lib.assign(paths, [pattern for pattern, _ in rules], "optim")
+  groups: dict[int, list[str]] = {}
+  for path, index in owner.items():
+    if rules[index][1] is not None:
+      groups.setdefault(index, []).append(path)
+
+  def take(tree: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return {path: tree[path] for path in groups[index]}
+
+  def init(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        str(index): rules[index][1].init(take(params, index))
+        for index in groups
+    }
+
+  def update(
+      updates: Mapping[str, Any], state: Mapping[str, Any], params: Any = None
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    new_updates, new_state = {}, {}
+    for index in groups:
+      out, new_state[str(index)] = rules[index][1].update(
+          take(updates, index), state[str(index)], take(params, index)
+      )
+      new_updates.update(out)
+    return new_updates, new_state
+
+  return optax.GradientTransformation(init, update)
