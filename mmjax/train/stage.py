@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,6 @@ import optax
 from mmjax import config as config_lib
 from mmjax.train import optim
 from mmjax.train import rules as rules_lib
-
-if TYPE_CHECKING:
-  from mmjax.train.state import TrainState
 
 Weight = float | Callable[[jax.Array], jax.Array]
 
@@ -127,21 +124,6 @@ class Stage:
         (weight(step) if callable(weight) else weight) * ratios[name]
         for name, weight in self.weights.items()
     )
-
-  def update(
-      self, state: "TrainState", grads: Mapping[str, jax.Array], mutables: Any
-  ) -> "TrainState":
-    """Applies the gradients of the live parameters to a state."""
-    optimizer = self.optimizer([*state.live, *state.frozen])
-    updates, opt = optimizer.update(grads, state.opt, state.live)
-    live = optax.apply_updates(state.live, updates)
-    decay = self.shadow_decay(live)
-    shadow = {
-        path: old if decay[path] == 1 else old + (1 - decay[path])
-        * (live[path] - old)
-        for path, old in state.shadow.items()
-    }
-    return state.replace(live=live, opt=opt, mutables=mutables, shadow=shadow)
 
 
 def from_config(config: Mapping[str, Any]) -> Stage:

@@ -12,8 +12,9 @@ import flax.struct
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
+import numpy as np
+import optax
 
 from mmjax import sharding
 from mmjax.nn import partitioning
@@ -203,6 +204,23 @@ def _shardings(state: TrainState, axes: Mapping[str, Any], mesh: Mesh) -> Any:
     )
 
   return jax.tree_util.tree_map_with_path(place, state)
+
+
+def apply_gradients(
+    stage: Stage, state: TrainState, grads: Flat, mutables: Any
+) -> TrainState:
+  """Moves the live parameters, and after them their slow copies."""
+  optimizer = stage.optimizer([*state.live, *state.frozen])
+  updates, opt = optimizer.update(grads, state.opt, state.live)
+  live = optax.apply_updates(state.live, updates)
+  decay = stage.shadow_decay(live)
+  shadow = {
+      path: slow + (1 - decay[path]) * (live[path] - slow)
+      if decay[path] < 1
+      else slow
+      for path, slow in state.shadow.items()
+  }
+  return state.replace(live=live, opt=opt, mutables=mutables, shadow=shadow)
 
 
 def select(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:

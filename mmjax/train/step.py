@@ -6,7 +6,8 @@ import optax
 
 from mmjax.objectives.term import Context
 from mmjax.train.stage import Stage
-from mmjax.train.state import TrainState, microbatches, nest, select
+from mmjax.train.state import TrainState, apply_gradients, microbatches
+from mmjax.train.state import nest, select
 
 
 def train_step(
@@ -65,5 +66,5 @@ def train_step(
   metrics = jax.tree.map(lambda m: m.sum(axis=0), metrics)
   metrics["grad_norm"] = optax.tree.norm(grads)
   finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-  new = stage.update(state, grads, mutables)
+  new = apply_gradients(stage, state, grads, mutables)
   return select(finite, new, state), metrics
