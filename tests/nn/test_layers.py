@@ -13,7 +13,9 @@ RNG = np.random.default_rng(0)
 
 
 def init(module, *args):
-  return partitioning.unbox(module.init(jax.random.key(0), *args))
+  return jax.jit(
+      lambda: partitioning.unbox(module.init(jax.random.key(0), *args))
+  )()
 
 
 def test_activations_follow_their_formulas():
