@@ -5,11 +5,11 @@ holds `type="package.module:Name"` and that callable's keyword arguments, so
 there is no registry: what can be imported can be configured.
 """
 
+from collections.abc import Callable, Iterable, Mapping
 import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -54,7 +54,7 @@ def check_keywords(
   valid = [name for name in parameters if name not in ("parent", "name")]
   wrong = [key for key in keywords if key not in valid]
   if wrong:
-    lines = [f"{where}.{key}: unknown key{nearest(key, valid)}" for key in wrong]
+    lines = [f"{where}.{k}: unknown key{nearest(k, valid)}" for k in wrong]
     raise ValueError(
         "\n".join(lines) + f"\n{where} takes: {', '.join(valid)}"
     )
@@ -132,7 +132,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
           f"{sorted(defaults)}{nearest(key, defaults)}"
       )
     kind = type(defaults[key])
-    values[key] = value.lower() in ("1", "true") if kind is bool else kind(value)
+    truth = value.lower() in ("1", "true")
+    values[key] = truth if kind is bool else kind(value)
   return ml_collections.ConfigDict(values).lock()
 
 

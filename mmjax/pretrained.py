@@ -26,7 +26,7 @@ from mmjax import models, sharding
 from mmjax.nn import partitioning
 from mmjax.weights import engine, safetensors_file
 from mmjax.weights.layout import Layout
-from mmjax.weights.source import INDEX, WEIGHTS, open_source
+from mmjax.weights.source import INDEX, WEIGHTS, TensorSource, open_source
 
 CONFIG = "config.json"
 
@@ -75,15 +75,8 @@ def from_pretrained(
     ValueError: for an unknown architecture, a damaged file, a pickle, or
       tensors that do not fit the config, all named.
   """
-  directory = Path(directory)
-  config = _read_config(directory)
-  layout = _find_layout(directory, config)
-  source = open_source(directory)
-  try:
-    system = layout.system(config, source.tensors)
-    shapes, axes = abstract_params(layout, system)
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{directory / CONFIG}: {error}") from error
+  system, layout, source, config = open_directory(directory)
+  shapes, axes = abstract_params(layout, system)
   params = engine.load(
       source,
       layout.table(system),
@@ -93,6 +86,30 @@ def from_pretrained(
   )
   nested = traverse_util.unflatten_dict(params, sep="/")
   return Pretrained(system, {"params": nested}, config)
+
+
+def open_directory(
+    directory: str | os.PathLike[str],
+) -> tuple[Any, Layout, TensorSource, dict[str, Any]]:
+  """Reads what a directory holds; no tensor yet.
+
+  Returns:
+    The system that its config describes, the layout of both, the tensors, and
+    the config.
+
+  Raises:
+    As `from_pretrained`.
+  """
+  directory = Path(directory)
+  config = _read_config(directory)
+  layout = _find_layout(directory, config)
+  source = open_source(directory)
+  try:
+    system = layout.system(config, source.tensors)
+    abstract_params(layout, system)
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{directory / CONFIG}: {error}") from error
+  return system, layout, source, config
 
 
 def save_pretrained(

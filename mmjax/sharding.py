@@ -5,12 +5,15 @@ this file alone says which mesh axes carry them. A rule is a preference: a mesh
 axis is used at most once per array, and only where it divides the dimension.
 """
 
-import math
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mmjax.perf import topology
 
 # data: replicated parameters; fsdp: parameters sharded, gathered when used;
 # tensor: heads, hidden units and vocabulary split; context: the sequence split.
@@ -58,11 +61,11 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = fill_mesh_shape(shape or {"data": -1}, len(devices))
-  return jax.make_mesh(
-      tuple(sizes.values()),
+  # Not `jax.make_mesh`: it refuses several slices and split torus axes.
+  return Mesh(
+      topology.arrange(tuple(sizes.values()), devices),
       AXES,
       axis_types=(AxisType.Auto,) * len(AXES),
-      devices=devices,
   )
 
 
@@ -153,10 +156,34 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The sharding of one batch leaf: its first dimension over the batch axes."""
-  del ndim  # Trailing dimensions of a batch are never split by the host.
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def split_rows(batch: Any, count: int) -> Any:
+  """Reshapes leaves [B, ...] to [count, B / count, ...].
+
+  Part i takes the rows i, i + count, ...: with the batch sharded in contiguous
+  blocks, every device finds an equal share of each part among its own rows.
+  """
+
+  def split(x: jax.Array) -> jax.Array:
+    x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+    return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+  return jax.tree.map(split, batch)
+
+
+def merge_rows(parts: Any) -> Any:
+  """The inverse of `split_rows`."""
+
+  def merge(x: jax.Array) -> jax.Array:
+    x = jnp.swapaxes(x, 0, 1)
+    x = x.reshape(-1, *x.shape[2:])
+    return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+  return jax.tree.map(merge, parts)
 
 
 def batch_parts(mesh: Any) -> int:

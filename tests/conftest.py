@@ -6,4 +6,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
+    # The tests compile much and compute little.
+    + " --xla_backend_optimization_level=0"
 )

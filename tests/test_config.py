@@ -35,9 +35,9 @@ def test_nodes_are_built_inside_out():
 
 def test_references_are_resolved_inside_tuples():
   node = ml_collections.ConfigDict(dict(steps=5))
-  rows = ({"type": f"{HERE}:greet", "word": "a", "times": node.get_ref("steps")},)
+  row = {"type": f"{HERE}:greet", "word": "a", "times": node.get_ref("steps")}
   node.steps = 2
-  assert config.build(rows[0], "row") == "a a"
+  assert config.build((row,)[0], "row") == "a a"
 
 
 def test_bound_functions_keep_their_name():

@@ -8,14 +8,15 @@ ROOT = pathlib.Path(__file__).parent.parent / "mmjax"
 # Floor of each module or package; a module imports its own floor's package or
 # lower floors. `data` stands apart: it knows `config` only.
 FLOORS = {
-    "config": 0, "sharding": 0, "kernels": 0, "perf": 0,
-    "nn": 1,
-    "objectives": 2, "weights": 2, "sampling": 2,
-    "models": 3,
-    "pretrained": 4,
-    "evals": 5, "train": 5,
-    "verbs": 6,
-    "__main__": 7,
+    "config": 0, "kernels": 0, "perf": 0,
+    "sharding": 1,
+    "nn": 2,
+    "objectives": 3, "weights": 3, "sampling": 3,
+    "models": 4,
+    "pretrained": 5,
+    "evals": 6, "train": 6,
+    "verbs": 7,
+    "__main__": 8,
 }  # fmt: skip
 DATA_READERS = {"data", "evals", "train", "verbs"}
 
@@ -23,7 +24,8 @@ DATA_READERS = {"data", "evals", "train", "verbs"}
 def modules():
   for path in sorted(ROOT.rglob("*.py")):
     relative = path.relative_to(ROOT.parent).with_suffix("")
-    parts = relative.parts[:-1] if path.name == "__init__.py" else relative.parts
+    is_package = path.name == "__init__.py"
+    parts = relative.parts[:-1] if is_package else relative.parts
     yield ".".join(parts), path
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import config
+from mmjax import config, sharding
 from mmjax.models import vit
 from mmjax.nn import linear, norm, position, transformer
 from mmjax.nn import mask as masks
@@ -274,6 +274,7 @@ class CLIP(nn.Module):
   text: nn.Module
 
   def setup(self) -> None:
+    """Declares the temperature."""
     self.logit_scale = self.param(
         "logit_scale",
         declared(nn.initializers.constant(np.log(1 / 0.07))),
@@ -317,14 +318,31 @@ def contrast(
     variables: Any,
     batch: dict[str, jax.Array],
     context: Context,
+    chunks: int = 1,
 ) -> tuple[dict[str, Term], dict[str, Any]]:
   """The symmetric InfoNCE loss over the global batch.
+
+  With `chunks` the towers run on a part of the rows at a time, forward and,
+  anew, backward, so that only embeddings are kept of the others: the gradient
+  stays exact and memory is that of one chunk (Gao et al. 2021, GradCache).
 
   Returns:
     The terms of `objectives.contrastive.info_nce`, and no mutables.
   """
   del context  # CLIP has no dropout.
-  output = system.apply(variables, batch["image"], batch["tokens"])
+
+  def embed(rows: dict[str, jax.Array]) -> CLIPOutput:
+    return system.apply(variables, rows["image"], rows["tokens"])
+
+  rows = {key: batch[key] for key in ("image", "tokens")}
+  if chunks > 1:
+    output = jax.lax.map(
+        jax.checkpoint(embed), sharding.split_rows(rows, chunks)
+    )
+    image, text = sharding.merge_rows((output.image, output.text))
+    output = CLIPOutput(image, text, output.scale[0])
+  else:
+    output = embed(rows)
   return (
       contrastive.info_nce(output.image, output.text, output.scale),
       {},

@@ -1,7 +1,7 @@
 """Projections, embeddings and activations, each with its logical axes."""
 
-import math
 from collections.abc import Callable, Sequence
+import math
 from typing import Any
 
 import chex
@@ -66,7 +66,7 @@ class Linear(nn.Module):
     contracted = len(self.axes) - len(features)
     inputs = x.shape[-contracted:]
 
-    def flat_init(rng: jax.Array, shape: Sequence[int], dtype: Any):
+    def flat_init(rng: jax.Array, shape: Any, dtype: Any) -> jax.Array:
       flat = math.prod(inputs), math.prod(features)
       return self.kernel_init(rng, flat, dtype).reshape(shape)
 
@@ -126,7 +126,7 @@ class PatchEmbed(nn.Module):
           f"the patch of {p}"
       )
 
-    def flat_init(rng: jax.Array, shape: Sequence[int], dtype: Any):
+    def flat_init(rng: jax.Array, shape: Any, dtype: Any) -> jax.Array:
       flat = p * p * channels, self.features
       return self.kernel_init(rng, flat, dtype).reshape(shape)
 

@@ -30,7 +30,9 @@ def info_nce(
   chex.assert_equal_shape([left, right])
   labels = jnp.arange(left.shape[0])
 
-  def direction(rows: jax.Array, columns: jax.Array):
+  def direction(
+      rows: jax.Array, columns: jax.Array
+  ) -> tuple[jax.Array, Term]:
     rows = sharding.constrain(rows, "batch", None)
     columns = sharding.constrain(columns, None, None)
     logits = scale * jnp.matmul(

@@ -3,8 +3,9 @@
 Parameters, gradients and optimizer states are flat dicts `path -> array`.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
+import functools
+import re
 from typing import Any
 
 import jax
@@ -22,25 +23,40 @@ def cosine(
 ) -> Schedule:
   """Linear warm-up from zero, then a half cosine down to `end`.
 
+  A run that is shorter than its warm-up ends within it.
+
   Args:
     peak: the highest value.
     steps: total steps, warm-up included.
     warmup: steps of warm-up.
     end: the last value.
   """
-  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
+  decay = lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x))
+  return functools.partial(_warm_up_and_decay, peak, steps, warmup, end, decay)
 
 
 def linear(
     peak: float, steps: int, warmup: int = 0, end: float = 0.0
 ) -> Schedule:
-  """Linear warm-up from zero, then a straight line down to `end`."""
-  return optax.join_schedules(
-      [
-          optax.linear_schedule(0.0, peak, max(warmup, 1)),
-          optax.linear_schedule(peak, end, steps - warmup),
-      ],
-      [warmup],
+  """As `cosine`, with a straight line down to `end`."""
+  decay = lambda x: 1 - x
+  return functools.partial(_warm_up_and_decay, peak, steps, warmup, end, decay)
+
+
+def _warm_up_and_decay(
+    peak: float,
+    steps: int,
+    warmup: int,
+    end: float,
+    decay: Schedule,
+    step: jax.Array,
+) -> jax.Array:
+  """`decay` falls from 1 to 0 as its argument goes from 0 to 1."""
+  done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+  return jnp.where(
+      step < warmup,
+      peak * step / max(warmup, 1),
+      end + (peak - end) * decay(done),
   )
 
 

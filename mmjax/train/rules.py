@@ -1,7 +1,7 @@
 """Which rule governs which parameter? Ordered regular expressions on paths."""
 
-import re
 from collections.abc import Iterable, Sequence
+import re
 
 from mmjax import config
 

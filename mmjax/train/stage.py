@@ -1,7 +1,7 @@
 """What is one stage of training? A frozen description, built from a config."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import jax

@@ -4,12 +4,12 @@ Parameters are flat dicts `path -> array`, split into live and frozen ones, so
 that a frozen parameter costs neither gradient nor optimizer state.
 """
 
-import inspect
 from collections.abc import Mapping
+import inspect
 from typing import Any
 
-import flax.struct
 from flax import traverse_util
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -68,20 +68,6 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 def nest(tree: Mapping[str, Any]) -> dict[str, Any]:
   """The inverse of `flat`."""
   return traverse_util.unflatten_dict(tree, sep="/")
-
-
-def microbatches(batch: Mapping[str, jax.Array], count: int) -> Any:
-  """Reshapes leaves [B, ...] to [count, B / count, ...].
-
-  Microbatch i takes the rows i, i + count, ...: with the batch sharded in
-  contiguous parts, every device finds an equal share among its own rows.
-  """
-
-  def split(x: jax.Array) -> jax.Array:
-    x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
-    return sharding.constrain(x, None, "batch", *(None,) * (x.ndim - 2))
-
-  return jax.tree.map(split, dict(batch))
 
 
 def inputs(system: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

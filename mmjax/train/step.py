@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mmjax import sharding
 from mmjax.objectives.term import Context
 from mmjax.train.stage import Stage
-from mmjax.train.state import TrainState, apply_gradients, microbatches
-from mmjax.train.state import nest, select
+from mmjax.train.state import TrainState, apply_gradients, nest, select
 
 
 def train_step(
@@ -24,11 +24,11 @@ def train_step(
     batch: arrays `[B, ...]`; B is a multiple of `stage.accumulate`.
 
   Returns:
-    The state after, and f32[] metrics: `loss`, every term as a ratio,
-    `grad_norm`, `skipped` and `skipped_in_a_row`.
+    The state after, and f32[] metrics: `loss`, every term as a ratio, and
+    `grad_norm`.
   """
   rngs = jax.random.split(state.key(), stage.accumulate)
-  rows = rngs, microbatches(batch, stage.accumulate)
+  rows = rngs, sharding.split_rows(batch, stage.accumulate)
 
   def terms(live, mutables, rng, batch):
     params = state.frozen | live

@@ -128,3 +128,31 @@ def test_the_temperature_stays_below_its_bound_and_can_return():
   assert max(seen) <= clip.MAX_LOGIT_SCALE + 1e-6
   assert seen[2] == pytest.approx(clip.MAX_LOGIT_SCALE)
   assert seen[-1] < clip.MAX_LOGIT_SCALE - 0.1
+
+
+def test_chunks_change_memory_and_not_the_gradient(tiny):
+  system, found, image, tokens = tiny
+  image = jnp.tile(image, (4, 1, 1, 1)) + RNG.normal(size=(16, 1, 1, 1))
+  batch = {
+      "image": image.astype(jnp.float32), "tokens": jnp.tile(tokens, (4, 1))
+  }
+  context = Context(jnp.int32(0), jax.random.key(0), None)
+
+  def loss(params, chunks):
+    terms, _ = clip.contrast(system, {"params": params}, batch, context, chunks)
+    return terms["contrastive"].total / terms["contrastive"].weight
+
+  step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  whole, parts = (step.lower(found["params"], n).compile() for n in (1, 8))
+  value, grads = whole(found["params"])
+  value_parts, grads_parts = parts(found["params"])
+  assert float(value) == pytest.approx(float(value_parts), rel=1e-6)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+          a, b, atol=2e-6 + 1e-4 * np.abs(b).max()
+      ),
+      grads_parts,
+      grads,
+  )
+  memory = [f.memory_analysis().temp_size_in_bytes for f in (whole, parts)]
+  assert memory[1] < 0.5 * memory[0]

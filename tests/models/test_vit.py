@@ -25,8 +25,8 @@ PARAMETERS = {
 
 
 def variables(system, image):
-  init = jax.jit(lambda x: partitioning.unbox(system.init(jax.random.key(0), x)))
-  return init(image)
+  init = lambda x: partitioning.unbox(system.init(jax.random.key(0), x))
+  return jax.jit(init)(image)
 
 
 @pytest.mark.parametrize("size", vit.SIZES)

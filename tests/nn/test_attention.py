@@ -54,7 +54,7 @@ def test_attention_is_the_masked_softmax_average(pattern):
         np.asarray(seen.block), np.asarray(seen.first), np.asarray(seen.last)
     )
     visible[pattern] = np.array([
-        [[f <= b <= l for f, l in zip(first[n], last[n])] for b in block[n]]
+        [[lo <= b <= hi for lo, hi in zip(first[n], last[n])] for b in block[n]]
         for n in range(2)
     ])
     assert not visible[pattern].any(axis=2).all()  # Some rows see nothing.

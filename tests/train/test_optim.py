@@ -18,6 +18,11 @@ def test_schedules_start_peak_and_end_where_they_say():
     assert float(schedule(100)) == pytest.approx(0.5, rel=1e-5)
 
 
+def test_a_run_shorter_than_its_warm_up_ends_within_it():
+  schedule = optim.cosine(peak=2.0, steps=10, warmup=100)
+  assert float(schedule(10)) == pytest.approx(0.2)
+
+
 def test_adamw_is_the_algorithm_of_the_paper():
   rng = np.random.default_rng(0)
   params = {"a/kernel": rng.normal(size=3), "a/bias": rng.normal(size=3)}

@@ -11,7 +11,8 @@ import pytest
 
 from mmjax import sharding
 from mmjax.objectives.term import Context, Term, objective
-from mmjax.train import optim, step as step_lib
+from mmjax.train import optim
+from mmjax.train import step as step_lib
 from mmjax.train.state import nest
 from tests.train import toys
 
@@ -269,13 +270,6 @@ def test_eight_devices_give_the_losses_of_one(kind, shape):
       found.append(float(metrics["loss"]))
     losses.append(found)
   np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
-
-
-def test_microbatches_are_spread_over_rows():
-  from mmjax.train.state import microbatches
-
-  rows = microbatches({"x": jnp.arange(8)}, 2)["x"]
-  assert rows.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 def test_errors_name_what_is_wrong():

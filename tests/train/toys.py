@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax import sharding
-from mmjax.nn import linear
+from mmjax.nn import linear, transformer
 from mmjax.nn import mask as masks
-from mmjax.nn import transformer
 from mmjax.objectives import contrastive
 from mmjax.objectives.classification import softmax_cross_entropy
 from mmjax.objectives.term import Term, mean_term, objective

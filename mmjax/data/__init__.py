@@ -1,0 +1,1 @@
+"""What does a system learn from? Batches, TinyWorld, tokenizers, mixtures."""

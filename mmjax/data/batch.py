@@ -1,0 +1,114 @@
+"""What may a batch hold? The one alphabet of keys, shapes and dtypes.
+
+A batch is a flat dict of arrays. Sources, objectives and evaluators meet only
+through the names below, so a key means the same everywhere.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Protocol, TypeAlias, Union
+
+import numpy as np
+
+if TYPE_CHECKING:
+  import jax
+
+Batch: TypeAlias = Mapping[str, Union[np.ndarray, "jax.Array"]]
+# One row of a batch: the same keys without the leading axis.
+Example: TypeAlias = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+  """A random-access source of examples."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What one key holds.
+
+  Attributes:
+    dtype: numpy's name of the element type.
+    axes: one letter an axis; equal letters have equal sizes within a batch.
+    meaning: one sentence.
+  """
+
+  dtype: str
+  axes: tuple[str, ...]
+  meaning: str
+
+  def __str__(self) -> str:
+    return f"{_short(self.dtype)}[{', '.join(self.axes)}]"
+
+
+KEYS: dict[str, Spec] = {
+    "image": Spec(
+        "float32",
+        ("B", "H", "W", "C"),
+        "A picture, channels last, in [-1, 1] or as its system normalises it.",
+    ),
+    "tokens": Spec(
+        "int32", ("B", "L"), "Ids of a tokenizer, padded to a fixed length."
+    ),
+    "label": Spec("int32", ("B",), "Index of the right class."),
+    "identity": Spec(
+        "int32", ("B",), "Examples of equal identity are interchangeable."
+    ),
+    "weight": Spec(
+        "float32", ("B", "L"), "How much the loss at a token counts."
+    ),
+    "position": Spec("int32", ("B", "L"), "Where in its sequence a token is."),
+    "segment": Spec(
+        "int32", ("B", "L"), "Which packed document a token belongs to."
+    ),
+    "valid": Spec("float32", ("B",), "1 for an example, 0 for a padding row."),
+}
+
+
+def check(batch: Batch, where: str) -> None:
+  """Refuses a batch that the alphabet does not allow.
+
+  Args:
+    batch: arrays, or anything with `dtype` and `shape`, under the names of
+      `KEYS`, each with its leading axis B.
+    where: what made the batch; it opens the message.
+
+  Raises:
+    ValueError: one message with every unknown key (and the nearest valid one),
+      wrong dtype, wrong rank and letter that has two sizes.
+  """
+  faults = []
+  sizes: dict[str, dict[int, list[str]]] = {}
+  for key, value in batch.items():
+    spec = KEYS.get(key)
+    if spec is None:
+      near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
+      faults.append(f"{key!r} is no key of a batch; the nearest is {near!r}")
+      continue
+    shape = tuple(value.shape)
+    found = f"{_short(str(value.dtype))}[{', '.join(map(str, shape))}]"
+    if str(value.dtype) != spec.dtype or len(shape) != len(spec.axes):
+      faults.append(f"{key!r} must be {spec}, is {found}")
+      continue
+    for letter, size in zip(spec.axes, shape, strict=True):
+      sizes.setdefault(letter, {}).setdefault(size, []).append(key)
+  for letter, found_sizes in sizes.items():
+    if len(found_sizes) > 1:
+      parts = [f"{n} in {', '.join(k)}" for n, k in found_sizes.items()]
+      faults.append(f"axis {letter} has several sizes: {'; '.join(parts)}")
+  if faults:
+    lines = "".join(f"\n  {fault}" for fault in faults)
+    raise ValueError(
+        f"{where}: not a batch:{lines}\n"
+        f"Keys of a batch: {', '.join(KEYS)} (mmjax/data/batch.py)."
+    )
+
+
+def _short(dtype: str) -> str:
+  for name, letter in (("float", "f"), ("uint", "u"), ("int", "i")):
+    dtype = dtype.replace(name, letter)
+  return dtype

@@ -1,0 +1,144 @@
+"""How does a TinyWorld picture come from the attributes of its digits?
+
+One digit is a warped glyph, cut softly at a threshold that sets the width of
+the stroke, and blended in its colour over a plain, slightly noisy background.
+Everything is float32 in [-1, 1]; places and heights are fractions of the side.
+"""
+
+import functools
+import hashlib
+import math
+
+import numpy as np
+from PIL import Image
+
+from mmjax.data.tinyworld import digits
+from mmjax.data.tinyworld.digits import Dice
+
+RGB = tuple[int, int, int]
+
+# Far apart in hue or lightness, and every ink brighter than every ground: a
+# network of a few layers learns the shapes much sooner when ink has one sign.
+INKS: dict[str, RGB] = {
+    "red": (236, 44, 44),
+    "orange": (248, 142, 24),
+    "yellow": (246, 230, 50),
+    "green": (52, 186, 66),
+    "cyan": (40, 214, 224),
+    "blue": (66, 110, 248),
+    "purple": (170, 76, 216),
+    "pink": (248, 150, 204),
+}
+GROUNDS: dict[str, RGB] = {
+    "black": (14, 14, 16),
+    "grey": (66, 66, 70),
+    "navy": (16, 24, 84),
+    "brown": (78, 44, 20),
+}
+
+# Colours stay this far from the ends of [-1, 1], so that noise needs no clip.
+_NOISE = 0.05
+_NOISE_SIDE = 1088
+
+# Sides of pictures in pixels: on smaller ones digits cannot be told apart.
+SMALLEST = 16
+LARGEST = 1024
+
+# How far the ink threshold moves, from bold to fine, as a share of full ink.
+_STROKES = np.linspace(0.3, 0.5, 16)
+_SOFTNESS = 0.4
+
+# How much a hand varies: rotation in degrees, shear, width over height.
+_ROTATION = 10.0
+_SLANT = 0.15
+_WIDTH = (0.9, 1.15)
+
+
+def _colours(table: dict[str, RGB]) -> np.ndarray:
+  return np.asarray(list(table.values()), np.float32) / 127.5 - 1.0
+
+
+_INK_VALUES = _colours(INKS)
+_GROUND_VALUES = _colours(GROUNDS)
+
+
+def background(size: int, ground: int, dice: Dice) -> np.ndarray:
+  """A plain, slightly noisy ground: f32[size, size, 3].
+
+  Args:
+    size: the side in pixels.
+    ground: index into `GROUNDS`.
+    dice: chooses the window of the noise.
+  """
+  top = dice.below(_NOISE_SIDE - size + 1)
+  left = dice.below(_NOISE_SIDE - size + 1)
+  noise = _noise()[top : top + size, left : left + size]
+  return noise + _GROUND_VALUES[ground]
+
+
+def draw(
+    canvas: np.ndarray,
+    glyph: Image.Image,
+    colour: int,
+    centre: tuple[float, float],
+    height: float,
+    dice: Dice,
+) -> None:
+  """Draws one digit onto `canvas`, in place.
+
+  Args:
+    canvas: f32[S, S, 3] in [-1, 1].
+    glyph: one of `digits.Hand.glyphs`.
+    colour: index into `INKS`.
+    centre: x and y of the digit's middle, as fractions of the side.
+    height: height of the digit, as a fraction of the side.
+    dice: rotation, slant, width and stroke come from here.
+  """
+  size = canvas.shape[0]
+  angle = math.radians(dice.between(-_ROTATION, _ROTATION))
+  slant = dice.between(-_SLANT, _SLANT)
+  width = dice.between(*_WIDTH)
+  table = _ink_tables()[dice.below(len(_STROKES))]
+  # Only the window around the digit is warped: most of a picture is ground.
+  reach = 0.5 * height * digits.GLYPH_SIDE / digits.GLYPH_HEIGHT * size
+  left, right = _window(centre[0] * size, reach, size)
+  top, bottom = _window(centre[1] * size, reach, size)
+  zoom = digits.GLYPH_HEIGHT / (height * size)
+  cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
+  # The inverse map: where in the glyph does a pixel of the canvas come from?
+  a, b = (cos + slant * sin) / width, (sin - slant * cos) / width
+  d, e = -sin, cos
+  x, y = centre[0] * size - left, centre[1] * size - top
+  middle = digits.GLYPH_SIDE / 2
+  ink = glyph.transform(
+      (right - left, bottom - top),
+      Image.Transform.AFFINE,
+      (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y),
+      Image.Resampling.BILINEAR,
+  )
+  alpha = table[np.asarray(ink)]
+  region = canvas[top:bottom, left:right]
+  region += alpha * (_INK_VALUES[colour] - region)
+
+
+def _window(centre: float, reach: float, size: int) -> tuple[int, int]:
+  low = max(0, math.floor(centre - reach))
+  return low, min(size, math.ceil(centre + reach))
+
+
+@functools.cache
+def _noise() -> np.ndarray:
+  """A fixed field of uniform noise, f32[side, side, 3]."""
+  shape = (_NOISE_SIDE, _NOISE_SIDE, 3)
+  data = hashlib.shake_128(b"tinyworld noise").digest(math.prod(shape))
+  values = np.frombuffer(data, np.uint8).reshape(shape).astype(np.float32)
+  return (values / 127.5 - 1.0) * np.float32(_NOISE)
+
+
+@functools.cache
+def _ink_tables() -> np.ndarray:
+  """Opacity for every grey of a glyph, one row a stroke: f32[16, 256, 1]."""
+  ink = np.linspace(0.0, 1.0, 256)
+  rise = (ink - _STROKES[:, None]) / _SOFTNESS + 0.5
+  # Fully clear ground must stay clear, however bold the stroke.
+  return np.clip(rise, 0.0, 1.0).astype(np.float32)[..., None]

@@ -1,0 +1,283 @@
+"""Which examples does TinyWorld offer? Random-access sources, one class a task.
+
+Every source is a deterministic function of (task, split, seed, index) and
+yields the keys of `mmjax.data.batch` without their leading axis. Test examples
+show only digits of writers who wrote no training digit, and show each of them
+equally often.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from mmjax.data.batch import Example
+from mmjax.data.tinyworld import digits, render, text
+from mmjax.data.tinyworld.digits import Dice, Split
+from mmjax.data.tinyworld.text import Look, Scene
+from mmjax.data.tokenizers import ClipTokenizer
+
+TRAIN_LENGTH = 2**20
+TEST_LENGTH = 4 * digits.TEST_COUNT
+# Ids that hold the longest caption of a task in TinyWorld's vocabulary.
+DIGIT_CAPTION_LENGTH = 16
+SCENE_CAPTION_LENGTH = 32
+
+# Heights of digits and how far their middles stray, as fractions of the side.
+_HEIGHTS = ((0.46, 0.52), (0.72, 0.8))
+_STRAY = 0.05
+_SCENE_HEIGHT = (0.35, 0.41)
+_SCENE_STRAY = 0.02
+_SCENE_SPREAD = 0.23
+
+
+@dataclasses.dataclass(frozen=True)
+class _Deck:
+  """Deals every index of a source the same digit and dice, always."""
+
+  task: str
+  split: Split
+  length: int
+  seed: int
+
+  @classmethod
+  def make(
+      cls, task: str, split: Split, size: int, length: int | None, seed: int
+  ) -> "_Deck":
+    faults = []
+    if split not in ("train", "test"):
+      faults.append(f"split={split!r}: expected 'train' or 'test'")
+    if size < render.SMALLEST or size > render.LARGEST:
+      faults.append(
+          f"size={size}: expected {render.SMALLEST} to {render.LARGEST} pixels"
+      )
+    if length is not None and length < 1:
+      faults.append(f"length={length}: expected at least one example")
+    if faults:
+      raise ValueError(f"tinyworld {task}: " + "; ".join(faults))
+    usual = TRAIN_LENGTH if split == "train" else TEST_LENGTH
+    return cls(task, split, usual if length is None else length, seed)
+
+  def deal(self, index: int) -> tuple[int, Dice]:
+    """The position of a digit in the split's `Hand`, and dice."""
+    if not 0 <= index < self.length:
+      raise IndexError(f"index {index} of {self.length} examples")
+    dice = Dice(self.task, self.split, self.seed, index)
+    return index % len(digits.hand(self.split).labels), dice
+
+
+class Classification:
+  """Pictures of one digit: `image`, `label` (the digit)."""
+
+  def __init__(
+      self,
+      split: Split,
+      size: int = 32,
+      length: int | None = None,
+      seed: int = 0,
+  ) -> None:
+    """A source of `length` examples.
+
+    Args:
+      split: "train" or "test".
+      size: side of the pictures in pixels.
+      length: examples an epoch; by default 2**20 to train, and to test every
+        held-out digit four times.
+      seed: another seed is another set of pictures of the same digits.
+
+    Raises:
+      ValueError: if an argument cannot be.
+    """
+    self._size = size
+    self._deck = _Deck.make("classification", split, size, length, seed)
+
+  def __len__(self) -> int:
+    return self._deck.length
+
+  def __getitem__(self, index: int) -> Example:
+    position, dice = self._deck.deal(index)
+    hand = digits.hand(self._deck.split)
+    look = Look.drawn(hand.labels[position], dice)
+    return {
+        "image": _digit_picture(self._size, hand.glyphs[position], look, dice),
+        "label": np.int32(look.digit),
+    }
+
+
+class CaptionedDigits:
+  """Pictures of one digit with captions.
+
+  Keys: `image`, `tokens`, `label` (the digit) and `identity`, which says the
+  size, colour, digit and ground.
+  """
+
+  def __init__(
+      self,
+      split: Split,
+      tokenizer: ClipTokenizer | None = None,
+      size: int = 32,
+      length: int | None = None,
+      seed: int = 0,
+      looks: Sequence[Look] | None = None,
+  ) -> None:
+    """A source of `length` examples.
+
+    Args:
+      split: "train" or "test".
+      tokenizer: of the captions; by default TinyWorld's own vocabulary and
+        `DIGIT_CAPTION_LENGTH` ids.
+      size: side of the pictures in pixels.
+      length: as for `Classification`.
+      seed: likewise.
+      looks: what each example shows, instead of chance; the source is as long
+        as they are many, and its captions are the canonical ones.
+
+    Raises:
+      ValueError: if an argument cannot be.
+    """
+    if looks is not None:
+      if length not in (None, len(looks)):
+        raise ValueError(f"length={length}, but there are {len(looks)} looks")
+      length = len(looks)
+    self._size = size
+    self._looks = looks
+    self._deck = _Deck.make("captioned digits", split, size, length, seed)
+    self._tokenizer = tokenizer or _tokenizer(DIGIT_CAPTION_LENGTH)
+
+  def __len__(self) -> int:
+    return self._deck.length
+
+  def __getitem__(self, index: int) -> Example:
+    position, look, caption, dice = self._deal(index)
+    glyph = digits.hand(self._deck.split).glyphs[position]
+    return {
+        "image": _digit_picture(self._size, glyph, look, dice),
+        "tokens": self._tokenizer.encode(caption),
+        "label": np.int32(look.digit),
+        "identity": np.int32(look.identity),
+    }
+
+  def caption(self, index: int) -> str:
+    """The text behind the `tokens` of an example."""
+    return self._deal(index)[2]
+
+  def look(self, index: int) -> Look:
+    """What the example shows."""
+    return self._deal(index)[1]
+
+  def _deal(self, index: int) -> tuple[int, Look, str, Dice]:
+    position, dice = self._deck.deal(index)
+    hand = digits.hand(self._deck.split)
+    if self._looks is None:
+      look = Look.drawn(hand.labels[position], dice)
+      return position, look, text.digit_caption(look, dice), dice
+    look = self._looks[index]
+    position = dice.choose(hand.of_digit[look.digit])
+    return position, look, text.digit_caption(look), dice
+
+
+def retrieval_set(
+    split: Split = "test",
+    n: int = 100,
+    size: int = 32,
+    seed: int = 0,
+    tokenizer: ClipTokenizer | None = None,
+) -> CaptionedDigits:
+  """`n` captioned digits whose canonical captions are pairwise distinct.
+
+  Raises:
+    ValueError: if `n` is not between 1 and the number of looks, 640.
+  """
+  if not 1 <= n <= text.LOOKS:
+    raise ValueError(f"n={n}: there are 1 to {text.LOOKS} distinct captions")
+  order = sorted(
+      range(text.LOOKS),
+      key=lambda identity: Dice("retrieval", seed, identity).between(0, 1),
+  )
+  looks = [Look.from_identity(identity) for identity in order[:n]]
+  return CaptionedDigits(split, tokenizer, size, seed=seed, looks=looks)
+
+
+class CaptionedScenes:
+  """Pictures of two or three digits with captions of how they stand.
+
+  Keys: `image`, `tokens` and `identity`, which says the layout and every digit
+  and colour; the ground is free.
+  """
+
+  def __init__(
+      self,
+      split: Split,
+      tokenizer: ClipTokenizer | None = None,
+      size: int = 32,
+      length: int | None = None,
+      seed: int = 0,
+  ) -> None:
+    """As `CaptionedDigits`, with `SCENE_CAPTION_LENGTH` ids by default."""
+    self._size = size
+    self._deck = _Deck.make("captioned scenes", split, size, length, seed)
+    self._tokenizer = tokenizer or _tokenizer(SCENE_CAPTION_LENGTH)
+
+  def __len__(self) -> int:
+    return self._deck.length
+
+  def __getitem__(self, index: int) -> Example:
+    positions, scene, caption, dice = self._deal(index)
+    glyphs = digits.hand(self._deck.split).glyphs
+    ground = dice.below(len(text.GROUNDS))
+    image = render.background(self._size, ground, dice)
+    spots = text.SPOTS[scene.layout]
+    for position, colour, spot in zip(
+        positions, scene.colours, spots, strict=True
+    ):
+      centre = tuple(
+          0.5
+          + _SCENE_SPREAD * (2 * place - 1)
+          + dice.between(-_SCENE_STRAY, _SCENE_STRAY)
+          for place in spot
+      )
+      height = dice.between(*_SCENE_HEIGHT)
+      render.draw(image, glyphs[position], colour, centre, height, dice)
+    return {
+        "image": image,
+        "tokens": self._tokenizer.encode(caption),
+        "identity": np.int32(scene.identity),
+    }
+
+  def caption(self, index: int) -> str:
+    """The text behind the `tokens` of an example."""
+    return self._deal(index)[2]
+
+  def scene(self, index: int) -> Scene:
+    """What the example shows."""
+    return self._deal(index)[1]
+
+  def _deal(self, index: int) -> tuple[list[int], Scene, str, Dice]:
+    position, dice = self._deck.deal(index)
+    labels = digits.hand(self._deck.split).labels
+    layout = dice.below(len(text.SPOTS))
+    count = len(text.SPOTS[layout])
+    # Different colours, so that no two digits of a scene look the same.
+    colours = tuple(dice.sample(count, len(text.COLOURS)))
+    positions = [position]
+    positions += [dice.below(len(labels)) for _ in range(count - 1)]
+    scene = Scene(layout, colours, tuple(labels[p] for p in positions))
+    return positions, scene, text.scene_caption(scene, dice), dice
+
+
+def _tokenizer(length: int) -> ClipTokenizer:
+  return ClipTokenizer.tinyworld(length=length)
+
+
+def _digit_picture(
+    size: int, glyph: Image.Image, look: Look, dice: Dice
+) -> np.ndarray:
+  image = render.background(size, look.ground, dice)
+  centre = (
+      0.5 + dice.between(-_STRAY, _STRAY),
+      0.5 + dice.between(-_STRAY, _STRAY),
+  )
+  height = dice.between(*_HEIGHTS[look.size])
+  render.draw(image, glyph, look.colour, centre, height, dice)
+  return image

@@ -1,0 +1,201 @@
+"""What can be said about a TinyWorld picture, and in which words?
+
+A picture has attributes; a caption names some of them, or all of them where it
+is canonical. Captions vary in words and order and never say a false thing.
+"""
+
+from collections.abc import Iterator
+import itertools
+import re
+from typing import NamedTuple
+
+from mmjax.data.tinyworld import render
+from mmjax.data.tinyworld.digits import Dice
+
+CLASSES = (
+    "zero", "one", "two", "three", "four",
+    "five", "six", "seven", "eight", "nine",
+)
+COLOURS = tuple(render.INKS)
+GROUNDS = tuple(render.GROUNDS)
+SIZES = ("small", "large")
+_SIZE_WORDS = (("small", "little", "tiny"), ("large", "big", "huge"))
+
+# Prompts of a zero-shot classifier, to be filled with one of `CLASSES`. Their
+# words are words of the training captions; not all their sentences are.
+TEMPLATES = (
+    "a photo of the digit {}.",
+    "a photo of the number {}.",
+    "a picture of the digit {}.",
+    "a picture of the number {}.",
+    "an image of the digit {}.",
+    "an image of the number {}.",
+    "the digit {}.",
+)
+
+# The first one makes the canonical caption.
+_FULL = (
+    "a photo of a {size} {colour} {digit} on a {ground} background.",
+    "a picture of a {size} {digit} in {colour} on {ground}.",
+    "a {size} {colour} {digit} on {ground}.",
+    "the digit {digit}, {size} and {colour}, on a {ground} background.",
+    "on a {ground} background there is a {size} {colour} {digit}.",
+    "an image of the {size} {colour} digit {digit} on {ground}.",
+)
+_PARTIAL = (
+    "a photo of a {size} {colour} {digit}.",
+    "a {colour} {digit}.",
+    "a photo of the digit {digit}.",
+    "a picture of the number {digit}.",
+    "the number {digit} in {colour}.",
+    "the digit {digit} on a {ground} background.",
+)
+_FULL_SHARE = 0.6
+_NUMERAL_SHARE = 0.25
+
+# Before what is written with a vowel and spoken with one ("a one" is right).
+_ARTICLE = re.compile(r"\ba (?=orange\b|eight\b|8\b)")
+
+
+class Look(NamedTuple):
+  """The attributes of a picture of one digit, as indices into the words."""
+
+  size: int
+  colour: int
+  digit: int
+  ground: int
+
+  @property
+  def identity(self) -> int:
+    """The look as one integer, 0 .. `LOOKS` - 1."""
+    index = self.size
+    index = index * len(COLOURS) + self.colour
+    index = index * len(CLASSES) + self.digit
+    return index * len(GROUNDS) + self.ground
+
+  @classmethod
+  def from_identity(cls, identity: int) -> "Look":
+    """The inverse of `identity`."""
+    rest, ground = divmod(identity, len(GROUNDS))
+    rest, digit = divmod(rest, len(CLASSES))
+    size, colour = divmod(rest, len(COLOURS))
+    return cls(size, colour, digit, ground)
+
+  @classmethod
+  def drawn(cls, digit: int, dice: Dice) -> "Look":
+    """Everything but the digit by chance."""
+    return cls(
+        size=dice.below(len(SIZES)),
+        colour=dice.below(len(COLOURS)),
+        digit=digit,
+        ground=dice.below(len(GROUNDS)),
+    )
+
+
+LOOKS = len(SIZES) * len(COLOURS) * len(CLASSES) * len(GROUNDS)
+
+
+def digit_caption(look: Look, dice: Dice | None = None) -> str:
+  """A caption drawn by `dice`, or the canonical one, which names everything."""
+  if dice is None:
+    return _fill(_FULL[0], look, SIZES[look.size], CLASSES[look.digit])
+  full = dice.between(0, 1) < _FULL_SHARE
+  numeral = dice.between(0, 1) < _NUMERAL_SHARE
+  return _fill(
+      dice.choose(_FULL if full else _PARTIAL),
+      look,
+      dice.choose(_SIZE_WORDS[look.size]),
+      str(look.digit) if numeral else CLASSES[look.digit],
+  )
+
+
+def _fill(template: str, look: Look, size: str, digit: str) -> str:
+  text = template.format(
+      size=size,
+      colour=COLOURS[look.colour],
+      digit=digit,
+      ground=GROUNDS[look.ground],
+  )
+  return _ARTICLE.sub("an ", text)
+
+
+# Where the digits of a scene stand: left of, above, or in three of the four
+# corners. A corner is (column, row).
+_CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))
+_CORNER_NAMES = ("top left", "top right", "bottom left", "bottom right")
+SPOTS: tuple[tuple[tuple[float, float], ...], ...] = (
+    ((0.0, 0.5), (1.0, 0.5)),
+    ((0.5, 0.0), (0.5, 1.0)),
+    *itertools.combinations(_CORNERS, 3),
+)
+_PAIRS = (
+    # (first, then second), (second, then first)
+    ("to the left of", "to the right of"),
+    ("above", "below"),
+)
+_SCENE_OPENINGS = ("a photo of ", "a picture of ", "")
+
+
+class Scene(NamedTuple):
+  """The attributes of a picture of several digits.
+
+  Attributes:
+    layout: index into `SPOTS`.
+    colours: the colour of each digit, in the order of the layout's spots.
+    digits: likewise.
+  """
+
+  layout: int
+  colours: tuple[int, ...]
+  digits: tuple[int, ...]
+
+  @property
+  def identity(self) -> int:
+    """The scene as one integer, unique among scenes and below 2**31."""
+    index = self.layout
+    for colour, digit in zip(self.colours, self.digits, strict=True):
+      index = (index * len(COLOURS) + colour) * len(CLASSES) + digit
+    # Pairs have the layouts 0 and 1, so they all count below the triples.
+    return index
+
+
+def scene_caption(scene: Scene, dice: Dice | None = None) -> str:
+  """A caption drawn by `dice`, or the canonical one; all name everything."""
+  things = [
+      f"a {COLOURS[colour]} {CLASSES[digit]}"
+      for colour, digit in zip(scene.colours, scene.digits, strict=True)
+  ]
+  opening = _SCENE_OPENINGS[0] if dice is None else dice.choose(_SCENE_OPENINGS)
+  turned = dice is not None and dice.below(2) == 1
+  if len(things) == 2:
+    relation = _PAIRS[scene.layout][turned]
+    first, second = reversed(things) if turned else things
+    text = f"{opening}{first} {relation} {second}."
+  else:
+    placed = [
+        f"{thing} in the {_CORNER_NAMES[_CORNERS.index(spot)]}"
+        for thing, spot in zip(things, SPOTS[scene.layout], strict=True)
+    ]
+    if turned:
+      placed.reverse()
+    text = f"{opening}three digits: {placed[0]}, {placed[1]} and {placed[2]}."
+  return _ARTICLE.sub("an ", text)
+
+
+def corpus() -> Iterator[str]:
+  """Texts that hold every word and sentence form, for training a vocabulary."""
+  for look in map(Look.from_identity, range(LOOKS)):
+    sizes = _SIZE_WORDS[look.size]
+    digits = (CLASSES[look.digit], str(look.digit))
+    for words in itertools.product(_FULL + _PARTIAL, sizes, digits):
+      template, size, digit = words
+      yield _fill(template, look, size, digit)
+  for template, name in itertools.product(TEMPLATES, CLASSES):
+    yield template.format(name)
+  for layout, spots in enumerate(SPOTS):
+    count = len(spots)
+    for index in range(256):
+      dice = Dice("corpus", layout, index)
+      colours = tuple(dice.sample(count, len(COLOURS)))
+      digits = tuple(dice.below(len(CLASSES)) for _ in range(count))
+      yield scene_caption(Scene(layout, colours, digits), dice)

@@ -1,0 +1,340 @@
+"""mmjax compile --config FILE[:ARGUMENTS] --topology CHIP:SHAPE[*SLICES]
+
+Compiles the train or inference step of a config for TPU slices that this
+machine does not have, and says whether it fits, what it moves and how fast it
+can be. Nothing is allocated. Needs libtpu. Topologies: v5e:4x4, v5p:4x4x4,
+v6e:16x16, v4:2x2x4; two slices: v5e:4x4*2. Exit codes: 0 it fits, 1 wrong
+input, 4 it does not fit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import json
+import pathlib
+import time
+from typing import Any
+
+from absl import flags
+
+from mmjax import verbs
+
+DOES_NOT_FIT = 4
+
+Report = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the verb; see `mmjax.verbs` for the other exit codes."""
+  return verbs.run(__doc__, argv, _define, _compile)
+
+
+def _define(values: flags.FlagValues, argv: Sequence[str]) -> None:
+  verbs.define_config(values, argv)
+  flags.DEFINE_string(
+      "topology",
+      None,
+      "CHIP:SHAPE or CHIP:SHAPE*SLICES, as v5e:4x4 or v5p:4x4x4*2",
+      flag_values=values,
+  )
+  flags.mark_flag_as_required("topology", flag_values=values)
+  flags.DEFINE_enum(
+      "what",
+      "train",
+      ["train", "inference"],
+      "the step to compile",
+      flag_values=values,
+  )
+  flags.DEFINE_string(
+      "json", None, "file to write all numbers to", flag_values=values
+  )
+
+
+def _compile(values: flags.FlagValues) -> int:
+  import jax  # Slow, and --help does not need it.
+
+  # The chips of this machine, if it has any, are left alone.
+  jax.config.update("jax_platforms", "cpu")
+  report = analyse(values.config, values.topology, values.what)
+  if values.json:
+    pathlib.Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
+  print(text(report))
+  return verbs.DONE if report["fits"] else DOES_NOT_FIT
+
+
+def analyse(config: Mapping[str, Any], topology: str, what: str) -> Report:
+  """Compiles a step and measures the program.
+
+  Args:
+    config: see `mmjax.config.base`.
+    topology: see `mmjax.perf.topology.parse`.
+    what: "train" or "inference".
+
+  Returns:
+    A dict for JSON: bytes and FLOPs as numbers, times in seconds. A program
+    that does not fit has no `memory`, `collectives` and `estimate`.
+
+  Raises:
+    ValueError: for a wrong config, topology or mesh, or without libtpu.
+  """
+  import jax
+
+  from mmjax import sharding
+  from mmjax.perf import flops
+  from mmjax.perf import topology as topologies
+  from mmjax.train.plan import compile_for, make_plan
+
+  slices = topologies.parse(topology)
+  try:
+    devices = topologies.devices(slices)
+  except RuntimeError as error:
+    raise ValueError(str(error)) from error
+  sizes = sharding.fill_mesh_shape(config["mesh"], len(devices))
+  mesh = jax.sharding.Mesh(
+      topologies.arrange(tuple(sizes.values()), devices),
+      tuple(sizes),
+      axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
+  )
+  plan = make_plan(config, mesh)
+  step, arguments, kinds = (_train if what == "train" else _inference)(plan)
+  report: Report = dict(
+      system=type(plan.stage.system).__name__,
+      what=what,
+      topology=str(slices),
+      devices=len(devices),
+      mesh=sizes,
+      batch_size=plan.stage.batch_size,
+      hbm=slices.chip.hbm_bytes,
+      kinds=kinds,
+  )
+  with jax.set_mesh(mesh):
+    work = flops.count(step, *arguments)
+    report["flops"] = dict(
+        total=work.total,
+        per_device=work.total / len(devices),
+        rematerialised=work.rematerialised,
+        elementwise=work.elementwise,
+        by_dtype=dict(work.by_dtype),
+    )
+    report["notes"] = list(work.notes)
+    begin = time.perf_counter()
+    try:
+      compiled = compile_for(mesh, step.lower(*arguments))
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return report | dict(fits=False, error=str(error))
+  report["compile_seconds"] = time.perf_counter() - begin
+  return report | _measure(compiled, work, slices, mesh, report["notes"])
+
+
+def _train(plan: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Report]:
+  """The step of the training loop, its arguments, and their bytes by kind."""
+  from mmjax.train.plan import make_step
+  from mmjax.train.state import bytes_per_device
+
+  state = plan.state
+  parts = {
+      "parameters, trained": state.live,
+      "parameters, frozen": state.frozen,
+      "optimizer": state.opt,
+      "shadow": state.shadow,
+      "mutables": state.mutables,
+      "batch": plan.batch,
+  }
+  kinds = {kind: bytes_per_device(part) for kind, part in parts.items()}
+  step = make_step(plan.stage, state, plan.mesh)
+  return step, (state, plan.batch), kinds
+
+
+def _inference(
+    plan: Any,
+) -> tuple[Callable[..., Any], tuple[Any, ...], Report]:
+  """`system.apply` on the inputs of a batch, likewise."""
+  import jax
+
+  from mmjax.train.state import bytes_per_device, inputs
+
+  variables = plan.state.variables()
+  batch = inputs(plan.stage.system, plan.batch)
+  kinds = {
+      "parameters": bytes_per_device(plan.parameters),
+      "mutables": bytes_per_device(plan.state.mutables),
+      "batch": bytes_per_device(batch),
+  }
+
+  def apply(variables: Any, batch: Any) -> Any:
+    return plan.stage.system.apply(variables, **batch)
+
+  return jax.jit(apply), (variables, batch), kinds
+
+
+def _measure(
+    compiled: Any, work: Any, slices: Any, mesh: Any, notes: Sequence[str]
+) -> Report:
+  """Memory, collectives and time of a compiled program."""
+  from mmjax.perf import hlo, roofline
+
+  program = hlo.Program(compiled.as_text())
+  memory = hlo.memory(compiled)
+  collectives = program.collectives()
+  traffic = program.traffic()
+  time = roofline.estimate(
+      flops={d: n / mesh.size for d, n in work.by_dtype.items()},
+      rematerialised=work.rematerialised / max(work.total, 1),
+      hbm_bytes=traffic,
+      collectives=collectives,
+      topology=slices,
+      mesh=mesh,
+  )
+  return dict(
+      fits=memory.total <= slices.chip.hbm_bytes,
+      memory=dict(
+          arguments=memory.arguments,
+          outputs=memory.outputs,
+          temporaries=memory.temporaries,
+          code=memory.code,
+          total=memory.total,
+      ),
+      traffic=traffic,
+      collectives=[
+          dict(
+              op=c.op,
+              network=c.network,
+              axes=list(c.axes(mesh.shape)),
+              group=len(c.group),
+              count=c.count,
+              bytes=c.bytes,
+              seconds=roofline.collective_seconds(c, slices, mesh),
+          )
+          for c in collectives
+      ],
+      estimate=dict(
+          compute=time.compute,
+          memory=time.memory,
+          ici=time.ici,
+          dcn=time.dcn,
+          best=time.best,
+          worst=time.worst,
+          bound=time.bound,
+          mfu_best=time.mfu(time.best),
+          mfu_worst=time.mfu(time.worst),
+      ),
+      notes=[*notes, *program.notes],
+  )
+
+
+# --- text ---------------------------------------------------------------------
+
+
+def text(report: Report) -> str:
+  """The report as a person reads it."""
+  axes = " x ".join(f"{k} {n}" for k, n in report["mesh"].items() if n > 1)
+  work = report["flops"]
+  again = work["rematerialised"] / max(work["total"], 1)
+  lines = [
+      f"{report['system']}, {report['what']} step of "
+      f"{report['batch_size']:,} examples on {report['topology']}: "
+      f"{report['devices']} devices ({axes or 'one'})",
+      "",
+      *_memory_lines(report),
+      "",
+      "matrix products of a step",
+      _line("all devices", _work(work["total"])),
+      _line("per device", _work(work["per_device"])),
+      _line("rematerialised", f"{again:.1%}"),
+  ]
+  if "estimate" in report:
+    lines += ["", *_collective_lines(report), "", *_time_lines(report)]
+  lines += [f"note: {note}" for note in report["notes"]]
+  lines += ["", _verdict(report)]
+  return "\n".join(lines)
+
+
+def _line(name: str, value: str, remark: str = "") -> str:
+  return f"  {name:<22}{value:>12}   {remark}".rstrip()
+
+
+def _scaled(value: float, units: Sequence[str], step: float = 1e3) -> str:
+  """A number in the largest of the units, each `step` of the one before."""
+  for unit in units:
+    if abs(value) < step or unit == units[-1]:
+      break
+    value /= step
+  return f"{value:,.2f} {unit}"
+
+
+def _memory(count: float) -> str:
+  return _scaled(count, ("B", "KiB", "MiB", "GiB"), 1024)
+
+
+def _sent(count: float) -> str:
+  return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def _work(count: float) -> str:
+  return _scaled(count / 1e6, ("MFLOP", "GFLOP", "TFLOP", "PFLOP"))
+
+
+def _duration(seconds: float) -> str:
+  return _scaled(seconds * 1e6, ("us", "ms", "s"))
+
+
+def _memory_lines(report: Report) -> list[str]:
+  lines = ["memory of a device"]
+  kinds = report["kinds"]
+  lines += [
+      _line(kind, _memory(count)) for kind, count in kinds.items() if count
+  ]
+  if "memory" in report:
+    memory, limit = report["memory"], report["hbm"]
+    padding = memory["arguments"] - sum(kinds.values())
+    share = f"{memory['total'] / limit:.1%} of {_memory(limit)}"
+    lines += [
+        _line("padding, counters", _memory(padding)),
+        _line("temporaries", _memory(memory["temporaries"])),
+        _line("outputs", _memory(memory["outputs"])),
+        _line("program", _memory(memory["code"])),
+        _line("total", _memory(memory["total"]), share),
+    ]
+  return lines
+
+
+def _collective_lines(report: Report) -> list[str]:
+  lines = ["collectives of a step, on a device"]
+  for found in report["collectives"]:
+    where = ", ".join(found["axes"]) or f"{found['group']} slices"
+    lines.append(
+        f"  {found['op']:<22}{_sent(found['bytes']):>12} "
+        f"{_duration(found['seconds']):>12} {found['count']:>6} x   "
+        f"{found['network']} over {where}"
+    )
+  return lines if len(lines) > 1 else ["no collectives"]
+
+
+def _time_lines(report: Report) -> list[str]:
+  time = report["estimate"]
+
+  def rate(name: str) -> str:
+    speed = report["batch_size"] / time[name]
+    return f"MFU {time[f'mfu_{name}']:.0%}, {speed:,.0f} examples/s"
+
+  return [
+      "time of a step at the chip's published rates",
+      _line("matrix units", _duration(time["compute"])),
+      _line("HBM", _duration(time["memory"]), _sent(report["traffic"])),
+      _line("links (ICI)", _duration(time["ici"])),
+      _line("between slices (DCN)", _duration(time["dcn"])),
+      _line(
+          "if all overlap",
+          _duration(time["best"]),
+          f"{rate('best')}; bound by {time['bound']}",
+      ),
+      _line("if nothing overlaps", _duration(time["worst"]), rate("worst")),
+  ]
+
+
+def _verdict(report: Report) -> str:
+  if report["fits"]:
+    return f"fits (compiled in {report['compile_seconds']:.0f} s)"
+  if "error" in report:
+    return f"does not fit: {report['error'].splitlines()[0]}"
+  return "does not fit"

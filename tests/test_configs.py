@@ -1,0 +1,149 @@
+"""Every config, size and stage: text, construction, two steps and a resume.
+
+Golden texts are in tests/golden/configs; MMJAX_UPDATE_GOLDEN=1 rewrites them.
+"""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from mmjax import sharding, verbs
+from mmjax.train import checkpoint, loop
+from mmjax.train.plan import make_plan
+from mmjax.verbs import config as config_verb
+from mmjax.verbs import systems
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "configs"
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def variants(keep=lambda size: True):
+  found = []
+  for path in FILES:
+    module = verbs.load_module(str(path))
+    for size in filter(keep, module.SIZES):
+      found += [
+          pytest.param(module, size, stage, id=f"{path.stem}-{size}-{stage}")
+          for stage in systems.stages(module, size)
+      ]
+  return found
+
+
+def is_tiny(size):
+  return size == "tiny"
+
+
+@pytest.mark.parametrize("module,size,stage", variants())
+def test_text_is_golden(module, size, stage):
+  config = module.get_config(f"size={size},stage={stage}")
+  name = pathlib.Path(module.__file__).stem
+  path = GOLDEN / f"{name}-{size}-{stage}.yaml"
+  text = config_verb.text(config)
+  if os.environ.get("MMJAX_UPDATE_GOLDEN"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  assert text == path.read_text(), "MMJAX_UPDATE_GOLDEN=1 rewrites the texts"
+
+
+@pytest.mark.parametrize("module,size,stage", variants())
+def test_plan_fits_a_pod_and_shards_every_large_leaf(module, size, stage):
+  """Nothing is allocated: rules, keys, shapes, mesh and shards are checked."""
+  config = module.get_config(f"size={size},stage={stage}")
+  mesh = jax.sharding.AbstractMesh(
+      (2, 4, 2, 1),
+      sharding.AXES,
+      axis_types=(jax.sharding.AxisType.Auto,) * 4,
+  )
+  plan = make_plan(config, mesh)
+  assert set(config.weights) <= set(plan.metrics)
+  whole = [
+      path
+      for path, leaf in plan.parameters.items()
+      if leaf.size >= sharding.SMALL_LEAF
+      and leaf.sharding.shard_shape(leaf.shape) == leaf.shape
+  ]
+  assert not whole
+
+
+def small(module, stage, workdir):
+  """A stage at its tiny size, cut to a few steps of a few examples."""
+  config = module.get_config(f"size=tiny,stage={stage}")
+  with config.unlocked():
+    config.evals = {}
+  config.update(
+      steps=4, batch_size=8, log_every=1, checkpoint_every=2, loader_threads=0
+  )
+  return config, workdir
+
+
+@pytest.mark.parametrize("module,size,stage", variants(is_tiny))
+def test_two_steps_then_a_resume_equal_four_steps(
+    module, size, stage, tmp_path, monkeypatch
+):
+  config, whole = small(module, stage, tmp_path / "whole")
+  loop.train(config, whole)
+  save = checkpoint.Checkpoints.save
+
+  class Stop(Exception):
+    pass
+
+  def save_and_stop(self, step, *args):
+    save(self, step, *args)
+    self.wait()
+    raise Stop
+
+  config, parts = small(module, stage, tmp_path / "parts")
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, "save", save_and_stop)
+    with pytest.raises(Stop):
+      loop.train(config, parts)
+  loop.train(config, parts)
+  plan = make_plan(config, sharding.make_mesh(config.mesh))
+  states = []
+  for folder in (whole, parts):
+    with checkpoint.Checkpoints(folder) as checkpoints:
+      states.append(checkpoints.restore(plan.state, 4))
+  jax.tree.map(np.testing.assert_array_equal, *states)
+  moved = [
+      path
+      for path, leaf in states[0].live.items()
+      if np.any(leaf != states[0].frozen.get(path, leaf * 0))
+  ]
+  assert moved
+
+
+SHAPES = [dict(data=8), dict(data=2, fsdp=2, tensor=2)]
+
+
+@pytest.mark.parametrize("module,size,stage", variants(is_tiny))
+def test_eight_devices_give_the_losses_of_one(module, size, stage):
+  from mmjax.data import mixture
+  from mmjax.train.plan import first_state, make_step
+
+  losses = []
+  for shape in [None, *SHAPES]:
+    config, _ = small(module, stage, None)
+    mesh = sharding.make_mesh(shape or {}, jax.devices()[: 8 if shape else 1])
+    plan = make_plan(config, mesh)
+    batches = mixture.batches(
+        plan.streams, batch_size=config.batch_size, seed=0, threads=0
+    )
+    with jax.set_mesh(mesh):
+      state = first_state(plan)
+      step = make_step(plan.stage, plan.state, mesh)
+      found = []
+      for _ in range(2):
+        rows = next(batches)
+        batch = {
+            key: jax.device_put(rows[key], leaf.sharding)
+            for key, leaf in plan.batch.items()
+        }
+        state, metrics = step(state, batch)
+        found.append(float(metrics["loss"]))
+    losses.append(found)
+  for found in losses[1:]:
+    np.testing.assert_allclose(found, losses[0], rtol=5e-5)
