@@ -304,14 +304,16 @@ class ClipTokenizer:
     engine = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=SUFFIX))
     engine.pre_tokenizer = _pre_tokenizer()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
+        vocab_size=2 * 256 + wanted,
         end_of_word_suffix=SUFFIX,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=_byte_letters(),
+        # The trainer breaks ties by the ids of letters. It counts the letters
+        # that end a piece in the order of a hash table, unless they come first.
+        special_tokens=[letter + SUFFIX for letter in _byte_letters()],
         show_progress=False,
     )
     engine.train_from_iterator(map(clean, texts), trainer)
-    merges = json.loads(engine.to_str())["model"]["merges"]
-    return cls(merges[:wanted], **options)
+    return cls(json.loads(engine.to_str())["model"]["merges"], **options)
 
 
 def load(

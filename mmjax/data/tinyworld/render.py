@@ -48,10 +48,12 @@ LARGEST = 1024
 _STROKES = np.linspace(0.3, 0.5, 16)
 _SOFTNESS = 0.4
 
-# How much a hand varies: rotation in degrees, shear, width over height.
-_ROTATION = 10.0
-_SLANT = 0.15
-_WIDTH = (0.9, 1.15)
+# How much a hand varies: rotation in degrees, shear, width, and the change of
+# scale towards the edges of the digit.
+_ROTATION = 8.0
+_SLANT = 0.12
+_WIDTH = 0.12
+_TILT = 0.1
 
 
 def _colours(table: dict[str, RGB]) -> np.ndarray:
@@ -82,6 +84,7 @@ def draw(
     colour: int,
     centre: tuple[float, float],
     height: float,
+    variety: float,
     dice: Dice,
 ) -> None:
   """Draws one digit onto `canvas`, in place.
@@ -92,12 +95,14 @@ def draw(
     colour: index into `INKS`.
     centre: x and y of the digit's middle, as fractions of the side.
     height: height of the digit, as a fraction of the side.
-    dice: rotation, slant, width and stroke come from here.
+    variety: how far the hand strays, 1 being the ranges above.
+    dice: rotation, slant, width, perspective and stroke come from here.
   """
   size = canvas.shape[0]
-  angle = math.radians(dice.between(-_ROTATION, _ROTATION))
-  slant = dice.between(-_SLANT, _SLANT)
-  width = dice.between(*_WIDTH)
+  stray = lambda limit: variety * dice.between(-limit, limit)
+  angle, slant = math.radians(stray(_ROTATION)), stray(_SLANT)
+  width = 1.0 + stray(_WIDTH)
+  tilt_x, tilt_y = stray(_TILT), stray(_TILT)
   table = _ink_tables()[dice.below(len(_STROKES))]
   # Only the window around the digit is warped: most of a picture is ground.
   reach = 0.5 * height * digits.GLYPH_SIDE / digits.GLYPH_HEIGHT * size
@@ -109,11 +114,17 @@ def draw(
   a, b = (cos + slant * sin) / width, (sin - slant * cos) / width
   d, e = -sin, cos
   x, y = centre[0] * size - left, centre[1] * size - top
+  # In perspective, with the digit's middle where it is: both coordinates are
+  # divided by 1 + g (x' - x) + h (y' - y).
+  g, h = tilt_x / reach, tilt_y / reach
   middle = digits.GLYPH_SIDE / 2
+  a, b, d, e = a + middle * g, b + middle * h, d + middle * g, e + middle * h
+  one = 1.0 - g * x - h * y
+  rows = (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y, g, h)
   ink = glyph.transform(
       (right - left, bottom - top),
-      Image.Transform.AFFINE,
-      (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y),
+      Image.Transform.PERSPECTIVE,
+      [value / one for value in rows],
       Image.Resampling.BILINEAR,
   )
   alpha = table[np.asarray(ink)]

@@ -14,7 +14,7 @@ def drawn(index, colour=0, ground=0, centre=(0.5, 0.5), height=0.6, size=64):
   dice = Dice("render", index)
   canvas = render.background(size, ground, dice)
   glyph = digits.hand("test").glyphs[index]
-  render.draw(canvas, glyph, colour, centre, height, dice)
+  render.draw(canvas, glyph, colour, centre, height, 1.0, dice)
   return canvas
 
 

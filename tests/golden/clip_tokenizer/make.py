@@ -44,7 +44,7 @@ TEXTS = (
 def main() -> None:
   here = pathlib.Path(__file__).parent
   ours = tokenizers.ClipTokenizer.train(CORPUS, 800)
-  ours.save(here)
+  ours.save_pretrained(here)
   theirs = transformers.CLIPTokenizer.from_pretrained(here)
   # transformers repairs no text: it gets what is repaired already.
   ids = [theirs(tokenizers.clean(text))["input_ids"] for text in TEXTS]
