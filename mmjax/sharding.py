@@ -125,6 +125,11 @@ def spec(
   return PartitionSpec(*entries)
 
 
+def axis_size(axis: str) -> int:
+  """The size of an axis of the ambient mesh; 1 without a mesh."""
+  return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Pins an activation to its logical axes; does nothing without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -120,12 +120,8 @@ class CLIPOutput(NamedTuple):
   scale: jax.Array
 
 
-def _block_init(width: int, depth: int) -> transformer.BlockInit:
-  """The initialisation of both towers (official code, `initialize_parameters`).
-
-  The official code draws only the text tower so and leaves PyTorch's defaults
-  in the image tower; the paper's text makes no difference between them.
-  """
+def _text_init(width: int, depth: int) -> transformer.BlockInit:
+  """Of the text tower (official code, `initialize_parameters`)."""
   residual = (2 * depth) ** -0.5
   return transformer.BlockInit(
       qkv=linear.normal(width**-0.5),
@@ -134,6 +130,17 @@ def _block_init(width: int, depth: int) -> transformer.BlockInit:
       down=linear.normal(width**-0.5 * residual),
       mlp_bias=linear.ZEROS,
   )
+
+
+# The official code leaves the image tower's blocks at PyTorch's defaults; its
+# Xavier kernel holds queries, keys and values, hence the scale.
+_IMAGE_INIT = transformer.BlockInit(
+    qkv=nn.initializers.variance_scaling(0.5, "fan_avg", "uniform"),
+    out=linear.FAN_IN_UNIFORM,
+    up=linear.FAN_IN_UNIFORM,
+    down=linear.FAN_IN_UNIFORM,
+    mlp_bias=linear.ZEROS,
+)
 
 
 class ImageTower(nn.Module):
@@ -171,8 +178,8 @@ class ImageTower(nn.Module):
         mlp=self.mlp,
         activation=self.activation,
         epsilon=self.epsilon,
-        inits=_block_init(self.width, self.depth),
-        patch_init=nn.initializers.lecun_normal(),
+        inits=_IMAGE_INIT,
+        patch_init=linear.FAN_IN_UNIFORM,
         patch_bias_init=None,
         cls_init=linear.normal(std),
         position_init=linear.normal(std),
@@ -243,7 +250,7 @@ class TextTower(nn.Module):
         mlp=self.mlp,
         activation=self.activation,
         epsilon=self.epsilon,
-        inits=_block_init(self.width, self.depth),
+        inits=_text_init(self.width, self.depth),
         dtype=self.dtype,
         name="blocks",
     )(x, masks.causal(length))

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax import sharding
 from mmjax.nn.partitioning import Initializer, declared
 
 # Names follow Hugging Face's `hidden_act`, so that configs carry over.
@@ -37,6 +38,13 @@ XAVIER: Initializer = nn.initializers.xavier_uniform()
 def normal(std: float) -> Initializer:
   """Normal of the given standard deviation."""
   return nn.initializers.normal(std)
+
+
+# PyTorch's default for linear and convolution kernels: U(-a, a) with
+# a = fan_in ** -0.5.
+FAN_IN_UNIFORM: Initializer = nn.initializers.variance_scaling(
+    1 / 3, "fan_in", "uniform"
+)
 
 
 class Linear(nn.Module):
@@ -76,9 +84,7 @@ class Linear(nn.Module):
         (*inputs, *features),
         jnp.float32,
     )
-    y = jnp.tensordot(
-        x.astype(self.dtype), kernel.astype(self.dtype), axes=contracted
-    )
+    y = _contract(x.astype(self.dtype), kernel.astype(self.dtype), contracted)
     if self.bias_init is not None:
       bias = self.param(
           "bias",
@@ -88,6 +94,20 @@ class Linear(nn.Module):
       )
       y += bias.astype(self.dtype)
     return y
+
+
+def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
+  """`jnp.tensordot(x, kernel, count)`, as one product of two matrices.
+
+  XLA:CPU runs that faster, forward and backward, than a product with several
+  free dimensions. Rows cannot be merged where the sequence is sharded.
+  """
+  if sharding.axis_size("context") > 1:
+    return jnp.tensordot(x, kernel, count)
+  rows, columns = x.shape[: x.ndim - count], kernel.shape[count:]
+  inputs = math.prod(kernel.shape[:count])
+  y = x.reshape(-1, inputs) @ kernel.reshape(inputs, -1)
+  return y.reshape(*rows, *columns)
 
 
 class PatchEmbed(nn.Module):

@@ -31,8 +31,15 @@ class LayerNorm(nn.Module):
     bias = self.param(
         "bias", declared(nn.initializers.zeros, None), shape, jnp.float32
     )
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(variance + self.epsilon)
-    return (y * scale + bias).astype(self.dtype)
+    # Recomputed backward: cheaper than to write and read what it would keep.
+    normalize = jax.checkpoint(_layer_norm, prevent_cse=False)
+    return normalize(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+def _layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+  x = x.astype(jnp.float32)
+  centred = x - x.mean(axis=-1, keepdims=True)
+  variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+  return centred * jax.lax.rsqrt(variance + epsilon) * scale + bias

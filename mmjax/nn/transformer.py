@@ -64,7 +64,9 @@ class Mlp(nn.Module):
         name="up",
     )(x)
     y = sharding.constrain(y, "batch", "length", "mlp")
-    y = linear.ACTIVATIONS[self.activation](y)
+    # Recomputed backward: its input is kept already, its parts need not be.
+    activation = linear.ACTIVATIONS[self.activation]
+    y = jax.checkpoint(activation, prevent_cse=False)(y)
     y = dropout(self, y, self.dropout)
     y = linear.Linear(
         x.shape[-1],

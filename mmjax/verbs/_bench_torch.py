@@ -1,11 +1,12 @@
-"""How fast is the same step in PyTorch? The twins that `bench` measures against.
+"""How would a PyTorch user write the same step? The twins of `mmjax bench`.
 
-Each twin is the network as a PyTorch user writes it: fused query-key-value
-projections, `scaled_dot_product_attention`, a convolution that patchifies. It
-is imported only where PyTorch is installed.
+The networks are written as is usual there: one fused projection for queries,
+keys and values, `scaled_dot_product_attention`, a strided convolution for the
+patches, the fused AdamW. Imported only where PyTorch is installed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,29 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from mmjax.models import clip
-from mmjax.models import vit
+from mmjax.models import clip, vit
+
+Params = Mapping[str, np.ndarray]
+Inputs = Mapping[str, torch.Tensor]
+# A parameter of a twin, the path of ours that fills it, and its value. The
+# fused projection carries the path of the query's: one rule governs all three.
+Source = tuple[nn.Parameter, str, np.ndarray]
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-_Params = Mapping[str, np.ndarray]
+_POOLS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "token": lambda tokens: tokens[:, 0],
+    "gap": lambda tokens: tokens[:, 1:].mean(dim=1),
+}
 
 
 class _Block(nn.Module):
   """A pre-norm transformer block."""
 
-  def __init__(self, spec: Any, causal: bool):
+  def __init__(self, spec: Any, causal: bool) -> None:
     super().__init__()
     self.heads, self.causal = spec.heads, causal
     self.activation = _ACTIVATIONS[spec.activation]
@@ -39,6 +48,7 @@ class _Block(nn.Module):
     self.down = nn.Linear(spec.mlp, spec.width)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """Maps f32[B, L, D] to f32[B, L, D]."""
     batch, length, width = x.shape
     qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -46,59 +56,86 @@ class _Block(nn.Module):
     x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
     return x + self.down(self.activation(self.up(self.norm2(x))))
 
-
-def _blocks(spec: Any, causal: bool) -> nn.Sequential:
-  return nn.Sequential(*(_Block(spec, causal) for _ in range(spec.depth)))
+  def sources(self, params: Params, path: str, i: int) -> Iterator[Source]:
+    """What fills this block: slice i of the stacked leaves below `path`."""
+    yield from _norm(self.norm1, params, f"{path}/attention_norm", i)
+    parts = [f"{path}/attention/{name}" for name in ("query", "key", "value")]
+    width = self.qkv.in_features
+    kernels = [params[f"{p}/kernel"][i].reshape(width, -1).T for p in parts]
+    biases = [params[f"{p}/bias"][i].ravel() for p in parts]
+    yield self.qkv.weight, f"{parts[0]}/kernel", np.concatenate(kernels)
+    yield self.qkv.bias, f"{parts[0]}/bias", np.concatenate(biases)
+    yield from _linear(self.out, params, f"{path}/attention/out", i)
+    yield from _norm(self.norm2, params, f"{path}/mlp_norm", i)
+    yield from _linear(self.up, params, f"{path}/mlp/up", i)
+    yield from _linear(self.down, params, f"{path}/mlp/down", i)
 
 
 class _Encoder(nn.Module):
   """An image, channels first, as a row of tokens, class token first."""
 
-  def __init__(self, spec: Any, patch_bias: bool, stem_norm: bool):
+  def __init__(self, spec: Any, patch_bias: bool, stem_norm: bool) -> None:
     super().__init__()
-    tokens = 1 + (spec.image[0] // spec.patch) * (spec.image[1] // spec.patch)
-    self.patch = nn.Conv2d(
-        3, spec.width, spec.patch, spec.patch, bias=patch_bias
-    )
+    side = spec.patch
+    tokens = 1 + (spec.image[0] // side) * (spec.image[1] // side)
+    self.patch = nn.Conv2d(3, spec.width, side, side, bias=patch_bias)
     self.cls = nn.Parameter(torch.zeros(spec.width))
     self.position = nn.Parameter(torch.zeros(tokens, spec.width))
     self.stem_norm = (
         nn.LayerNorm(spec.width, spec.epsilon) if stem_norm else nn.Identity()
     )
-    self.blocks = _blocks(spec, causal=False)
+    self.blocks = nn.Sequential(
+        *(_Block(spec, causal=False) for _ in range(spec.depth))
+    )
 
   def forward(self, image: torch.Tensor) -> torch.Tensor:
+    """Maps f32[B, 3, H, W] to f32[B, 1 + N, D]."""
     x = self.patch(image).flatten(2).transpose(1, 2)
     x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
     return self.blocks(self.stem_norm(x + self.position))
 
+  def sources(self, params: Params, path: str) -> Iterator[Source]:
+    """What fills this tower: the leaves below `path`."""
+    kernel = params[f"{path}/patch/kernel"].transpose(3, 2, 0, 1)
+    yield self.patch.weight, f"{path}/patch/kernel", kernel
+    if self.patch.bias is not None:
+      bias = f"{path}/patch/bias"
+      yield self.patch.bias, bias, params[bias]
+    yield self.cls, f"{path}/cls", params[f"{path}/cls"]
+    table = f"{path}/position/table"
+    yield self.position, table, params[table]
+    if isinstance(self.stem_norm, nn.LayerNorm):
+      yield from _norm(self.stem_norm, params, f"{path}/stem_norm")
+    for i, block in enumerate(self.blocks):
+      yield from block.sources(params, f"{path}/blocks", i)
+
 
 class ViT(nn.Module):
-  """The twin of `vit.ViT` with a head and no dropout."""
+  """The twin of a `vit.ViT` with a head and nothing before it."""
 
-  def __init__(self, spec: vit.ViT):
+  def __init__(self, spec: vit.ViT) -> None:
     super().__init__()
     self.encoder = _Encoder(spec, patch_bias=True, stem_norm=False)
     self.norm = nn.LayerNorm(spec.width, spec.epsilon)
     self.head = nn.Linear(spec.width, spec.classes)
+    self.pool = _POOLS[spec.pool]
 
   def forward(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """The mean cross-entropy of f32[B, 3, H, W] against i64[B]."""
-    logits = self.head(self.norm(self.encoder(image))[:, 0])
-    return F.cross_entropy(logits, label)
+    pooled = self.pool(self.norm(self.encoder(image)))
+    return F.cross_entropy(self.head(pooled), label)
 
-  @torch.no_grad()
-  def load(self, params: _Params) -> None:
-    """Takes over the parameters of a `vit.ViT`, as a flat dict."""
-    _load_encoder(self.encoder, params, "encoder")
-    _load_norm(self.norm, params, "norm")
-    _load_linear(self.head, params, "head")
+  def sources(self, params: Params) -> Iterator[Source]:
+    """What fills this network, from a flat dict of ours."""
+    yield from self.encoder.sources(params, "encoder")
+    yield from _norm(self.norm, params, "norm")
+    yield from _linear(self.head, params, "head")
 
 
 class CLIP(nn.Module):
-  """The twin of `clip.CLIP`."""
+  """The twin of `clip.CLIP` that reads texts at their highest id."""
 
-  def __init__(self, spec: clip.CLIP):
+  def __init__(self, spec: clip.CLIP) -> None:
     super().__init__()
     vision, text = spec.vision, spec.text
     self.vision = _Encoder(vision, patch_bias=False, stem_norm=True)
@@ -106,7 +143,9 @@ class CLIP(nn.Module):
     self.vision_projection = nn.Linear(vision.width, vision.embed, bias=False)
     self.embed = nn.Embedding(text.vocab, text.width)
     self.position = nn.Parameter(torch.zeros(text.length, text.width))
-    self.text = _blocks(text, causal=True)
+    self.text = nn.Sequential(
+        *(_Block(text, causal=True) for _ in range(text.depth))
+    )
     self.text_norm = nn.LayerNorm(text.width, text.epsilon)
     self.text_projection = nn.Linear(text.width, text.embed, bias=False)
     self.logit_scale = nn.Parameter(torch.zeros(()))
@@ -120,67 +159,127 @@ class CLIP(nn.Module):
     right = F.normalize(self.text_projection(pooled), dim=-1)
     logits = self.logit_scale.exp() * left @ right.t()
     labels = torch.arange(logits.shape[0])
-    forward = F.cross_entropy(logits, labels)
-    return (forward + F.cross_entropy(logits.t(), labels)) / 2
+    rows = F.cross_entropy(logits, labels)
+    return (rows + F.cross_entropy(logits.t(), labels)) / 2
 
-  @torch.no_grad()
-  def load(self, params: _Params) -> None:
-    """Takes over the parameters of a `clip.CLIP`, as a flat dict."""
-    _load_encoder(self.vision, params, "vision/encoder")
-    _load_norm(self.vision_norm, params, "vision/norm")
-    _load_linear(self.vision_projection, params, "vision/projection")
-    _copy(self.embed.weight, params["text/embed/embedding"])
-    _copy(self.position, params["text/position/table"])
-    _load_blocks(self.text, params, "text/blocks")
-    _load_norm(self.text_norm, params, "text/norm")
-    _load_linear(self.text_projection, params, "text/projection")
-    _copy(self.logit_scale, params["logit_scale"])
+  def sources(self, params: Params) -> Iterator[Source]:
+    """What fills this network, from a flat dict of ours."""
+    yield from self.vision.sources(params, "vision/encoder")
+    yield from _norm(self.vision_norm, params, "vision/norm")
+    yield from _linear(self.vision_projection, params, "vision/projection")
+    for parameter, path in (
+        (self.embed.weight, "text/embed/embedding"),
+        (self.position, "text/position/table"),
+        (self.logit_scale, "logit_scale"),
+    ):
+      yield parameter, path, params[path]
+    for i, block in enumerate(self.text):
+      yield from block.sources(params, "text/blocks", i)
+    yield from _norm(self.text_norm, params, "text/norm")
+    yield from _linear(self.text_projection, params, "text/projection")
 
 
-def _copy(target: torch.Tensor, value: np.ndarray) -> None:
-  target.copy_(torch.tensor(np.asarray(value)).reshape(target.shape))
+TWINS: Mapping[type, type[nn.Module]] = {vit.ViT: ViT, clip.CLIP: CLIP}
 
 
-def _load_linear(
-    layer: nn.Linear, params: _Params, path: str, index: Any = ...
-) -> None:
-  kernel = params[f"{path}/kernel"][index]
-  _copy(layer.weight, kernel.reshape(layer.in_features, -1).T)
+def _linear(
+    layer: nn.Linear, params: Params, path: str, index: Any = ...
+) -> Iterator[Source]:
+  kernel = params[f"{path}/kernel"][index].reshape(layer.in_features, -1)
+  yield layer.weight, f"{path}/kernel", kernel.T
   if layer.bias is not None:
-    _copy(layer.bias, params[f"{path}/bias"][index])
+    yield layer.bias, f"{path}/bias", params[f"{path}/bias"][index]
 
 
-def _load_norm(
-    layer: nn.LayerNorm, params: _Params, path: str, index: Any = ...
-) -> None:
-  _copy(layer.weight, params[f"{path}/scale"][index])
-  _copy(layer.bias, params[f"{path}/bias"][index])
+def _norm(
+    layer: nn.LayerNorm, params: Params, path: str, index: Any = ...
+) -> Iterator[Source]:
+  yield layer.weight, f"{path}/scale", params[f"{path}/scale"][index]
+  yield layer.bias, f"{path}/bias", params[f"{path}/bias"][index]
 
 
-def _load_blocks(blocks: nn.Sequential, params: _Params, path: str) -> None:
-  for i, block in enumerate(blocks):
-    _load_norm(block.norm1, params, f"{path}/attention_norm", i)
-    names = [f"{path}/attention/{name}" for name in ("query", "key", "value")]
-    width = block.qkv.in_features
-    kernels = [params[f"{n}/kernel"][i].reshape(width, -1).T for n in names]
-    _copy(block.qkv.weight, np.concatenate(kernels))
-    _copy(
-        block.qkv.bias,
-        np.concatenate([params[f"{name}/bias"][i].ravel() for name in names]),
-    )
-    _load_linear(block.out, params, f"{path}/attention/out", i)
-    _load_norm(block.norm2, params, f"{path}/mlp_norm", i)
-    _load_linear(block.up, params, f"{path}/mlp/up", i)
-    _load_linear(block.down, params, f"{path}/mlp/down", i)
+def make_twin(system: Any, params: Params) -> nn.Module:
+  """The network of `system` with the parameters `params`.
+
+  Raises:
+    ValueError: if a parameter of the twin was not filled.
+  """
+  model = TWINS[type(system)](system)
+  rest = {id(parameter): name for name, parameter in model.named_parameters()}
+  with torch.no_grad():
+    for parameter, _, value in model.sources(params):
+      parameter.copy_(torch.tensor(value).reshape(parameter.shape))
+      del rest[id(parameter)]
+  if rest:
+    raise ValueError(f"parameters without a source: {sorted(rest.values())}")
+  return model
 
 
-def _load_encoder(encoder: _Encoder, params: _Params, path: str) -> None:
-  kernel = params[f"{path}/patch/kernel"]
-  _copy(encoder.patch.weight, kernel.transpose(3, 2, 0, 1))
-  if encoder.patch.bias is not None:
-    _copy(encoder.patch.bias, params[f"{path}/patch/bias"])
-  _copy(encoder.cls, params[f"{path}/cls"])
-  _copy(encoder.position, params[f"{path}/position/table"])
-  if isinstance(encoder.stem_norm, nn.LayerNorm):
-    _load_norm(encoder.stem_norm, params, f"{path}/stem_norm")
-  _load_blocks(encoder.blocks, params, f"{path}/blocks")
+def make_inputs(batch: Mapping[str, np.ndarray]) -> Inputs:
+  """A batch as PyTorch likes it: channels first, indices in int64."""
+  tensors = {key: torch.tensor(leaf) for key, leaf in batch.items()}
+  return {
+      key: leaf.permute(0, 3, 1, 2).contiguous() if leaf.ndim == 4
+      else leaf if leaf.is_floating_point() else leaf.long()
+      for key, leaf in tensors.items()
+  }
+
+
+def loss_and_norm(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
+  """The loss, and the global norm of its gradient."""
+  loss = model(**inputs)
+  grads = torch.autograd.grad(loss, list(model.parameters()))
+  return loss.item(), torch.nn.utils.get_total_norm(grads).item()
+
+
+def make_step(
+    model: nn.Module,
+    params: Params,
+    inputs: Inputs,
+    rules: Sequence[tuple[str, Mapping[str, Any]]],
+    lr: float,
+    compiled: bool,
+) -> Callable[[], None]:
+  """One train step as a function of nothing.
+
+  Args:
+    model: from `make_twin`.
+    params: a flat dict of ours, for its shapes.
+    inputs: from `make_inputs`.
+    rules: (regex on our paths, arguments of `optim.adamw`), as in a config.
+      They may differ in `maximum` only.
+    lr: learning rate; a schedule costs nothing that could be measured.
+    compiled: whether network and loss go through `torch.compile`.
+  """
+  decayed, others, bounded = [], [], []
+  for parameter, path, _ in model.sources(params):
+    rule = next(rule for regex, rule in rules if re.fullmatch(regex, path))
+    decays = re.fullmatch(rule.get("decay", ".*kernel"), path)
+    (decayed if decays else others).append(parameter)
+    if "maximum" in rule:
+      bounded.append((parameter, rule["maximum"]))
+  rule = rules[-1][1]
+  optimizer = torch.optim.AdamW(
+      [
+          dict(params=decayed, weight_decay=rule.get("weight_decay", 0.0)),
+          dict(params=others, weight_decay=0.0),
+      ],
+      lr=lr,
+      betas=(rule.get("b1", 0.9), rule.get("b2", 0.999)),
+      eps=rule.get("eps", 1e-8),
+      fused=True,
+  )
+  clip_norm = rule.get("clip")
+  loss = torch.compile(model) if compiled else model
+
+  def step() -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss(**inputs).backward()
+    if clip_norm:
+      torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    with torch.no_grad():
+      for parameter, maximum in bounded:
+        parameter.clamp_(max=maximum)
+
+  return step

@@ -88,7 +88,7 @@ def test_drawn_captions_say_nothing_false_and_always_the_digit():
     assert said.items() <= look._asdict().items() and "digit" in said, caption
     counts[len(said)] = counts.get(len(said), 0) + 1
   # Full captions, and every kind of partial one, are common.
-  assert counts[4] / 4000 == pytest.approx(0.6, abs=0.05)
+  assert counts[4] / 4000 == pytest.approx(0.3, abs=0.05)
   assert all(counts[n] > 200 for n in (1, 2, 3))
 
 
