@@ -4,6 +4,8 @@ Sizes: see `mmjax.models.vit.SIZES`. Stages: `pretrain` (appendix B.1, table 3)
 and `finetune` (appendix B.1.1, table 4: higher resolution, a new zero head).
 """
 
+from typing import Any
+
 import ml_collections
 
 from mmjax import config as config_lib
@@ -14,7 +16,7 @@ STAGES = ("pretrain", "finetune")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Arguments: size, stage, and the run directory that `finetune` starts from."""
+  """Arguments: size; stage; init, what `finetune` starts from."""
   arg = config_lib.parse_arg(arg, size="tiny", stage="pretrain", init="")
   config = config_lib.base()
   size = dict(config_lib.pick(vit.SIZES, arg.size, "size"))
@@ -49,7 +51,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   return config.lock()
 
 
-def _adamw(config: ml_collections.ConfigDict, schedule: str, **kwargs) -> tuple:
+def _adamw(
+    config: ml_collections.ConfigDict, schedule: str, **kwargs: Any
+) -> tuple:
   """One rule for all: AdamW with warm-up, decay on kernels only."""
   return (
       (
@@ -68,7 +72,7 @@ def _adamw(config: ml_collections.ConfigDict, schedule: str, **kwargs) -> tuple:
   )
 
 
-def _pretrain(config: ml_collections.ConfigDict, arg) -> None:
+def _pretrain(config: ml_collections.ConfigDict, arg: Any) -> None:
   if arg.size == "tiny":
     config.batch_size, config.steps = 128, 2500
     config.lr, config.warmup = 2e-3, 100
@@ -88,7 +92,7 @@ def _pretrain(config: ml_collections.ConfigDict, arg) -> None:
   config.system.remat = "dots"
 
 
-def _finetune(config: ml_collections.ConfigDict, arg) -> None:
+def _finetune(config: ml_collections.ConfigDict, arg: Any) -> None:
   # Appendix B.1.1: 384 pixels, or 518 where 14 must divide them.
   side = 64 if arg.size == "tiny" else 518 if "14" in arg.size else 384
   config.system.image = (side, side)

@@ -44,6 +44,7 @@ def test_figures_are_ordered_as_the_generations_are():
     assert both * chip.devices_per_chip == total
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu not installed"
 )

@@ -331,6 +331,7 @@ def _find(program, op, network, axes, mesh):
   return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu not installed"
 )

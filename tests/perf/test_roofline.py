@@ -91,6 +91,7 @@ def test_estimate():
   assert found.mfu(found.worst) == pytest.approx(0.0225 / 0.0532)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu not installed"
 )

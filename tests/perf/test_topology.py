@@ -65,6 +65,7 @@ def test_missing_libtpu_says_what_to_install(monkeypatch):
     topology.devices("v5e:4x4")
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5e:1x1", "v5e:4x4*2", "v4:2x2x1"])
 def test_devices_leave_the_cpu_alone(name):
@@ -80,6 +81,7 @@ def _hops(a, b):
   return sum(abs(i - j) for i, j in zip(a.coords, b.coords))
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_arrange_keeps_neighbours_together():
   devices = topology.devices("v5e:4x4")
@@ -92,6 +94,7 @@ def test_arrange_keeps_neighbours_together():
     assert [_hops(a, b) for a, b in zip(line, line[1:])] == [1, 1, 1]
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
     ("name", "sizes", "expected"),

@@ -21,6 +21,7 @@ def _run(config, *more):
   return verb.main([f"--config={CONFIGS / config}", *more])
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_train_step(tmp_path, capsys):
   out = tmp_path / "report.json"
@@ -54,6 +55,7 @@ def _tower(spec, length):
   return spec["depth"] * (products + 4 * length**2 * width)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_inference_step_on_two_slices(tmp_path):
   out = tmp_path / "report.json"
@@ -72,6 +74,7 @@ def test_inference_step_on_two_slices(tmp_path):
   assert report["flops"]["total"] == 64 * pair
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_what_does_not_fit(capsys):
   flags = "--topology=v5e:1x1", "--what=inference"
@@ -84,6 +87,7 @@ def test_what_does_not_fit(capsys):
   assert "all devices" in printed
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_mesh_of_another_size(capsys):
   flags = "--topology=v5e:2x2", "--config.mesh.fsdp=3"
