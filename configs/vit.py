@@ -32,6 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           source=dict(
               type="mmjax.data.tinyworld:Classification",
               split="train",
+              variety=2.0,
               size=side,
           ),
           weight=1.0,
@@ -74,7 +75,7 @@ def _adamw(
 
 def _pretrain(config: ml_collections.ConfigDict, arg: Any) -> None:
   if arg.size == "tiny":
-    config.batch_size, config.steps = 128, 2500
+    config.batch_size, config.steps = 128, 5000
     config.lr, config.warmup = 2e-3, 100
     config.optim = _adamw(config, "cosine", weight_decay=0.1, clip=1.0)
     # Eleven writers are few: these help with the hands of the other three.

@@ -23,10 +23,6 @@ TEST_LENGTH = 4 * digits.TEST_COUNT
 DIGIT_CAPTION_LENGTH = 16
 SCENE_CAPTION_LENGTH = 32
 
-# The hands of eleven writers are few: they stray further than those of the
-# three that test what was learned.
-_VARIETY = {"train": 1.25, "test": 1.0}
-
 # Heights of digits and how far their middles stray, as fractions of the side.
 _HEIGHTS = ((0.56, 0.62), (0.8, 0.88))
 _STRAY = 0.03
@@ -43,10 +39,17 @@ class _Deck:
   split: Split
   length: int
   seed: int
+  variety: float
 
   @classmethod
   def make(
-      cls, task: str, split: Split, size: int, length: int | None, seed: int
+      cls,
+      task: str,
+      split: Split,
+      size: int,
+      length: int | None,
+      seed: int,
+      variety: float,
   ) -> "_Deck":
     faults = []
     if split not in ("train", "test"):
@@ -60,7 +63,8 @@ class _Deck:
     if faults:
       raise ValueError(f"tinyworld {task}: " + "; ".join(faults))
     usual = TRAIN_LENGTH if split == "train" else TEST_LENGTH
-    return cls(task, split, usual if length is None else length, seed)
+    length = usual if length is None else length
+    return cls(task, split, length, seed, variety)
 
   def deal(self, index: int) -> tuple[int, Dice]:
     """The position of a digit in the split's `Hand`, and dice."""
@@ -84,7 +88,7 @@ class _Deck:
         look.colour,
         centre,
         dice.between(*_HEIGHTS[look.size]),
-        _VARIETY[self.split],
+        self.variety,
         dice,
     )
     return image
@@ -99,6 +103,7 @@ class Classification:
       size: int = 32,
       length: int | None = None,
       seed: int = 0,
+      variety: float = 1.0,
   ) -> None:
     """A source of `length` examples.
 
@@ -108,12 +113,16 @@ class Classification:
       length: examples an epoch; by default 2**20 to train, and to test every
         held-out digit four times.
       seed: another seed is another set of pictures of the same digits.
+      variety: how far hands stray from how they wrote; more than 1 makes up
+        for the few writers of the training split.
 
     Raises:
       ValueError: if an argument cannot be.
     """
     self._size = size
-    self._deck = _Deck.make("classification", split, size, length, seed)
+    self._deck = _Deck.make(
+        "classification", split, size, length, seed, variety
+    )
 
   def __len__(self) -> int:
     return self._deck.length
@@ -142,6 +151,7 @@ class CaptionedDigits:
       size: int = 32,
       length: int | None = None,
       seed: int = 0,
+      variety: float = 1.0,
       looks: Sequence[Look] | None = None,
   ) -> None:
     """A source of `length` examples.
@@ -165,7 +175,9 @@ class CaptionedDigits:
       length = len(looks)
     self._size = size
     self._looks = looks
-    self._deck = _Deck.make("captioned digits", split, size, length, seed)
+    self._deck = _Deck.make(
+        "captioned digits", split, size, length, seed, variety
+    )
     self._tokenizer = tokenizer or _tokenizer(DIGIT_CAPTION_LENGTH)
 
   def __len__(self) -> int:
@@ -235,10 +247,13 @@ class CaptionedScenes:
       size: int = 32,
       length: int | None = None,
       seed: int = 0,
+      variety: float = 1.0,
   ) -> None:
     """As `CaptionedDigits`, with `SCENE_CAPTION_LENGTH` ids by default."""
     self._size = size
-    self._deck = _Deck.make("captioned scenes", split, size, length, seed)
+    self._deck = _Deck.make(
+        "captioned scenes", split, size, length, seed, variety
+    )
     self._tokenizer = tokenizer or _tokenizer(SCENE_CAPTION_LENGTH)
 
   def __len__(self) -> int:
@@ -260,9 +275,14 @@ class CaptionedScenes:
           for place in spot
       )
       height = dice.between(*_SCENE_HEIGHT)
-      variety = _VARIETY[self._deck.split]
       render.draw(
-          image, glyphs[position], colour, centre, height, variety, dice
+          image,
+          glyphs[position],
+          colour,
+          centre,
+          height,
+          self._deck.variety,
+          dice,
       )
     return {
         "image": image,
