@@ -93,7 +93,7 @@ def test_two_processes_train_stop_and_continue_like_one(tmp_path, monkeypatch):
   assert len(losses(two)) == 12
   np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
   norms = [
-      json.loads((folder / "results.json").read_text())["head/norm"]
+      json.loads((folder / "results.json").read_text())["head_norm"]
       for folder in (one, two)
   ]
   assert norms[0] == pytest.approx(norms[1], rel=1e-5)

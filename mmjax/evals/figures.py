@@ -27,7 +27,7 @@ def captioned_grid(
   Captions stand in green where `right`, else in red.
   """
   font = ImageFont.load_default(12)
-  width, height = side + 32, side + 52
+  width, height = side + 32, side + 64
   rows = -(-len(images) // columns)
   sheet = Image.new("RGB", (columns * width, rows * height), _PAPER)
   draw = ImageDraw.Draw(sheet)

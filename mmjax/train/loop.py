@@ -368,7 +368,7 @@ def train(
       `workdir` holds, beside `checkpoint.FREE_KEYS`.
 
   Returns:
-    The results: the last evaluation, `steps`, `parameters`, `train_seconds`
+    The results: `<evaluator>_<metric>` of the last evaluation, `steps`, `parameters`, `train_seconds`
     (of the loop; without compilation and evaluation) and
     `examples_per_second`.
 
@@ -537,7 +537,9 @@ def _finish(
 ) -> dict[str, float]:
   """Evaluates the trained state and writes the results."""
   steps = run.plan.stage.steps
-  results = run.evaluate(steps, state) | dict(
+  found = run.evaluate(steps, state)
+  results = {key.replace("/", "_"): value for key, value in found.items()}
+  results |= dict(
       steps=steps,
       parameters=count(run.plan.parameters),
       train_seconds=run.meter.seconds,

@@ -134,4 +134,4 @@ def test_pictures():
   image = np.array([[[-1.0, 0.0, 1.0]]])
   assert figures.to_uint8(image).tolist() == [[[0, 128, 255]]]
   sheet = figures.captioned_grid([np.zeros((4, 4, 3))] * 5, ["x"] * 5, [1] * 5)
-  assert sheet.shape == (2 * 180, 4 * 160, 3)
+  assert sheet.shape == (2 * 192, 4 * 160, 3)

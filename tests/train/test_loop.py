@@ -144,7 +144,7 @@ def test_a_run_leaves_everything_behind(whole):
   folder, results = whole
   assert results == json.loads((folder / "results.json").read_text())
   assert results["steps"] == 12 and results["parameters"] == 852
-  assert results["train_seconds"] > 0 and "head/norm" in results
+  assert results["train_seconds"] > 0 and "head_norm" in results
   steps = [line["step"] for line in lines(folder)]
   assert steps == [4, 8, 12, 12]
   assert lines(folder)[0]["cross_entropy"] == lines(folder)[0]["loss"]
@@ -181,7 +181,7 @@ def test_evaluate_run_reads_either_copy_of_the_parameters(whole):
   folder, results = whole
   step, scalars, figures = loop.evaluate_run(make_config(), folder)
   assert step == 12 and figures["head/grey"].shape == (2, 3, 3)
-  assert scalars["head/norm"] == pytest.approx(results["head/norm"])
+  assert scalars["head/norm"] == pytest.approx(results["head_norm"])
   _, slow, _ = loop.evaluate_run(make_config(eval_shadow=True), folder)
   shadow = parameters(folder, 12)["shadow"]["head"]["kernel"]
   assert slow["head/norm"] == pytest.approx(np.linalg.norm(shadow))

@@ -46,7 +46,7 @@ def test_train_evaluate_and_what_they_write(tmp_path, capsys):
   assert code == 0, err
   found = json.loads((tmp_path / "run" / "eval.json").read_text())
   assert found == {
-      "step": 4, "head/norm": pytest.approx(results["head/norm"])
+      "step": 4, "head/norm": pytest.approx(results["head_norm"])
   }
   assert "head/norm" in out
   code, out, err = run(
