@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           source=dict(
               type="mmjax.data.tinyworld:CaptionedDigits",
               split="train",
-              variety=1.25,
+              variety=2.0,
               **data,
           ),
           weight=1.0,

@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           source=dict(
               type="mmjax.data.tinyworld:Classification",
               split="train",
-              variety=2.0,
+              variety=3.2,
               size=side,
           ),
           weight=1.0,

@@ -368,9 +368,9 @@ def train(
       `workdir` holds, beside `checkpoint.FREE_KEYS`.
 
   Returns:
-    The results: `<evaluator>_<metric>` of the last evaluation, `steps`, `parameters`, `train_seconds`
-    (of the loop; without compilation and evaluation) and
-    `examples_per_second`.
+    The results: `<evaluator>_<metric>` of the last evaluation, `steps`,
+    `parameters`, `train_seconds` (of the loop; without compilation and
+    evaluation) and `examples_per_second`.
 
   Raises:
     ValueError: for bad input, see `make_plan` and `checkpoint.check_workdir`.

@@ -12,7 +12,7 @@ from mmjax.__main__ import main
 from mmjax.models import vit
 from mmjax.nn import partitioning
 from mmjax.train.state import flat
-from mmjax.verbs import systems
+
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = [

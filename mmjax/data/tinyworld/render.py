@@ -50,10 +50,10 @@ _SOFTNESS = 0.4
 
 # How much a hand varies: rotation in degrees, shear, width, and the change of
 # scale towards the edges of the digit.
-_ROTATION = 8.0
-_SLANT = 0.12
-_WIDTH = 0.12
-_TILT = 0.1
+_ROTATION = 5.0
+_SLANT = 0.08
+_WIDTH = 0.08
+_TILT = 0.06
 
 
 def _colours(table: dict[str, RGB]) -> np.ndarray:
