@@ -13,7 +13,6 @@ from mmjax.models import vit
 from mmjax.nn import partitioning
 from mmjax.train.state import flat
 
-
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = [
     "--config",
