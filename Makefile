@@ -12,9 +12,9 @@ demo: $(VENV)/.installed-test
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
-# The long tests, among them compilations for TPU slices.
+# The long tests, one by one: compilations for TPU slices, several processes.
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-compile
-	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

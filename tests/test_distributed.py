@@ -58,7 +58,7 @@ def start_pair(folder):
 def finish(processes, code=0):
   """Waits for processes, and returns what each printed: (output, errors)."""
   try:
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [process.communicate(timeout=400) for process in processes]
   finally:
     for process in processes:
       process.kill()
@@ -73,6 +73,7 @@ def losses(folder):
   return [line["loss"] for line in found if "loss" in line]
 
 
+@pytest.mark.slow
 def test_two_processes_train_stop_and_continue_like_one(tmp_path, monkeypatch):
   one, two, gate = tmp_path / "one", tmp_path / "two", tmp_path / "gate"
   finish([start(one, 4)])
