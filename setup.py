@@ -46,5 +46,5 @@ setuptools.setup(
         "parity": ["torch", "transformers"],
         "wandb": ["wandb"],
     },
-    entry_points={"console_scripts": ["mmjax = mmjax.__main__:run"]},
+    entry_points={"console_scripts": ["mmjax = mmjax.__main__:main"]},
 )
