@@ -236,7 +236,10 @@ def test_twins_train_alike(configs):
     if path.endswith("query/bias"):
       # Keys' biases have no gradient but rounding errors.
       found, value = (np.delete(x.reshape(3, -1), 1, 0) for x in (found, value))
-    np.testing.assert_allclose(found, value, atol=2e-5, err_msg=path)
+    error = abs(found - value)
+    # Adam divides by the size of a gradient, which magnifies rounding errors of
+    # single ones; a wrong hyperparameter moves all.
+    assert error.max() < 1e-4 and error.mean() < 5e-6, (path, error)
   path = "text/projection/kernel"
   assert abs(after[path] - params[path]).mean() > config.lr
   assert after["logit_scale"] <= np.log(100) + 1e-6
