@@ -17,9 +17,6 @@ from tests.train import toy_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Seconds until every process surely knows of another one's signal.
-NEWS = 4
-
 
 def free_port():
   with socket.socket() as s:
@@ -84,7 +81,6 @@ def test_two_processes_train_stop_and_continue_like_one(tmp_path, monkeypatch):
   while not (two / "checkpoints" / "4").exists() and time.time() < deadline:
     time.sleep(0.05)
   processes[1].send_signal(signal.SIGTERM)
-  time.sleep(NEWS)
   gate.touch()
   results = finish(processes, code=143)
   saved = {re.search(r"saved step (\d+)", err)[1] for _, err in results}

@@ -8,14 +8,10 @@ import functools
 import hashlib
 import json
 import pathlib
-import signal
-import threading
 import time
-import types
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 import mmjax
@@ -35,6 +31,7 @@ from mmjax.train.plan import (
     summary,
 )
 from mmjax.train.state import TrainState
+from mmjax.train.stopper import InterruptedRun, Stopper
 
 # Steps that are dispatched before the results of the first are looked at: the
 # devices never wait for the host, nor does the host run far ahead.
@@ -43,21 +40,6 @@ IN_FLIGHT = 2
 
 class NotFiniteError(RuntimeError):
   """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-class InterruptedRun(RuntimeError):
-  """A signal stopped the run, and its state is saved.
-
-  Attributes:
-    signal: its number.
-  """
-
-  def __init__(self, signum: int, step: int) -> None:
-    super().__init__(
-        f"{signal.Signals(signum).name}: saved step {step:,}; the same command "
-        "continues from there"
-    )
-    self.signal = signum
 
 
 def make_evaluators(config: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
@@ -242,40 +224,6 @@ def _make_iterator(plan: Plan, threads: int) -> Any:
 
 
 # --- run ----------------------------------------------------------------------
-
-
-class Stopper:
-  """Tells the loop that SIGTERM or SIGINT asked for an end.
-
-  The second SIGINT ends the process at once. Several processes agree on a step
-  through the coordination service, which then owns SIGTERM.
-  """
-
-  def __init__(self) -> None:
-    self.signal: int | None = None
-    self._agree = jax.process_count() > 1
-    self._old: dict[int, Any] = {}
-
-  def __enter__(self) -> "Stopper":
-    main = threading.current_thread() is threading.main_thread()
-    if main and not self._agree:
-      for signum in (signal.SIGTERM, signal.SIGINT):
-        self._old[signum] = signal.signal(signum, self._note)
-    return self
-
-  def __exit__(self, *unused: Any) -> None:
-    for signum, handler in self._old.items():
-      signal.signal(signum, handler)
-
-  def _note(self, signum: int, frame: types.FrameType | None) -> None:
-    self.signal = signum
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  def asked(self, step: int) -> bool:
-    """Whether to stop after `step`; call it at every step."""
-    if self._agree and multihost_utils.reached_preemption_sync_point(step):
-      self.signal = signal.SIGTERM
-    return self.signal is not None
 
 
 @dataclasses.dataclass
@@ -500,7 +448,7 @@ def _fit(
     while len(queue) > keep:
       run.retire(*queue.popleft())
 
-  with Stopper() as stopper:
+  with Stopper(plan.mesh, IN_FLIGHT) as stopper:
     run.meter.start(start)
     for step in range(start + 1, steps + 1):
       if step in run.traced[:1]:
@@ -521,7 +469,7 @@ def _fit(
         run.meter.stop()
         run.evaluate(step, state)
         run.meter.start()
-      stop = stopper.asked(step)
+      stop = stopper.asked()
       if stop or step == steps or run.due("checkpoint_every", step):
         drain()  # Saving waits for the state anyway.
         run.checkpoints.save(step, state, json.loads(position), run.facts())

@@ -53,7 +53,7 @@ def _train(values: flags.FlagValues) -> int:
       raise ValueError(f"--profile={values.profile}: expected FIRST:LAST")
     window = int(found[1]), int(found[2])
   verbs.start_runtime(values)
-  from mmjax.train import loop, metrics  # Behind the set-up of JAX.
+  from mmjax.train import loop, metrics, stopper  # Behind the set-up of JAX.
 
   try:
     results = loop.train(
@@ -66,7 +66,7 @@ def _train(values: flags.FlagValues) -> int:
   except loop.NotFiniteError as error:
     print(f"error: {error}", file=sys.stderr)
     return verbs.NOT_FINITE
-  except loop.InterruptedRun as stop:
+  except stopper.InterruptedRun as stop:
     print(stop, file=sys.stderr)
     return 128 + stop.signal
   if loop.is_first():

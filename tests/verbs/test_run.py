@@ -9,7 +9,7 @@ import yaml
 
 from mmjax import verbs
 from mmjax.__main__ import main
-from mmjax.train import loop
+from mmjax.train import loop, stopper
 
 CONFIG = ["--config", "tests/train/toy_run.py"]
 
@@ -134,8 +134,8 @@ def test_help_of_a_verb(capsys, verb):
     "error, code",
     [
         (loop.NotFiniteError("many"), 3),
-        (loop.InterruptedRun(15, 7), 143),
-        (loop.InterruptedRun(2, 7), 130),
+        (stopper.InterruptedRun(15, 7), 143),
+        (stopper.InterruptedRun(2, 7), 130),
         (ValueError("wrong"), 1),
     ],
 )
