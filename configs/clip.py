@@ -81,7 +81,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           source=dict(
               type="mmjax.data.tinyworld:CaptionedDigits",
               split="train",
-              variety=2.0,
+              variety=1.8,
+              warp=0.4,
               **data,
           ),
           weight=1.0,

@@ -32,7 +32,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           source=dict(
               type="mmjax.data.tinyworld:Classification",
               split="train",
-              variety=3.2,
+              variety=2.5,
+              warp=0.7,
               size=side,
           ),
           weight=1.0,

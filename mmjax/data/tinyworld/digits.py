@@ -92,7 +92,7 @@ class Dice:
   of numpy, and fixed by a standard rather than by a library's version.
   """
 
-  _DRAWS = 40
+  _DRAWS = 80
   _FORMAT = struct.Struct(f"<{_DRAWS}I")
 
   def __init__(self, *address: str | int) -> None:

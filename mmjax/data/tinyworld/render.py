@@ -7,6 +7,7 @@ Everything is float32 in [-1, 1]; places and heights are fractions of the side.
 
 import functools
 import hashlib
+import itertools
 import math
 
 import numpy as np
@@ -55,6 +56,10 @@ _SLANT = 0.08
 _WIDTH = 0.08
 _TILT = 0.06
 
+# Cells to a side of the net that bends strokes (elastic distortion, Simard et
+# al. 2003).
+_CELLS = 3
+
 
 def _colours(table: dict[str, RGB]) -> np.ndarray:
   return np.asarray(list(table.values()), np.float32) / 127.5 - 1.0
@@ -86,6 +91,7 @@ def draw(
     height: float,
     variety: float,
     dice: Dice,
+    warp: float = 0.0,
 ) -> None:
   """Draws one digit onto `canvas`, in place.
 
@@ -97,6 +103,7 @@ def draw(
     height: height of the digit, as a fraction of the side.
     variety: how far the hand strays, 1 being the ranges above.
     dice: rotation, slant, width, perspective and stroke come from here.
+    warp: how far strokes are bent, in pixels of the scan; 0 for not at all.
   """
   size = canvas.shape[0]
   stray = lambda limit: variety * dice.between(-limit, limit)
@@ -104,6 +111,8 @@ def draw(
   width = 1.0 + stray(_WIDTH)
   tilt_x, tilt_y = stray(_TILT), stray(_TILT)
   table = _ink_tables()[dice.below(len(_STROKES))]
+  if warp:
+    glyph = _bend(glyph, warp * digits.ENLARGE, dice)
   # Only the window around the digit is warped: most of a picture is ground.
   reach = 0.5 * height * digits.GLYPH_SIDE / digits.GLYPH_HEIGHT * size
   left, right = _window(centre[0] * size, reach, size)
@@ -130,6 +139,36 @@ def draw(
   alpha = table[np.asarray(ink)]
   region = canvas[top:bottom, left:right]
   region += alpha * (_INK_VALUES[colour] - region)
+
+
+def _bend(glyph: Image.Image, reach: float, dice: Dice) -> Image.Image:
+  """Moves the knots of a net over the glyph, and what is between with them.
+
+  Args:
+    glyph: as in `draw`.
+    reach: how far a knot moves in x and in y at most, in pixels of the glyph.
+    dice: takes two draws a knot.
+  """
+  side = digits.GLYPH_SIDE // _CELLS
+  knots = [
+      [
+          (
+              side * x + dice.between(-reach, reach),
+              side * y + dice.between(-reach, reach),
+          )
+          for x in range(_CELLS + 1)
+      ]
+      for y in range(_CELLS + 1)
+  ]
+  mesh = []
+  for y, (above, below) in enumerate(itertools.pairwise(knots)):
+    for x in range(_CELLS):
+      box = side * x, side * y, side * (x + 1), side * (y + 1)
+      corners = above[x], below[x], below[x + 1], above[x + 1]
+      mesh.append((box, tuple(itertools.chain(*corners))))
+  return glyph.transform(
+      glyph.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR
+  )
 
 
 def _window(centre: float, reach: float, size: int) -> tuple[int, int]:

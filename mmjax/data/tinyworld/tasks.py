@@ -40,6 +40,7 @@ class _Deck:
   length: int
   seed: int
   variety: float
+  warp: float
 
   @classmethod
   def make(
@@ -50,6 +51,7 @@ class _Deck:
       length: int | None,
       seed: int,
       variety: float,
+      warp: float = 0.0,
   ) -> "_Deck":
     faults = []
     if split not in ("train", "test"):
@@ -64,7 +66,7 @@ class _Deck:
       raise ValueError(f"tinyworld {task}: " + "; ".join(faults))
     usual = TRAIN_LENGTH if split == "train" else TEST_LENGTH
     length = usual if length is None else length
-    return cls(task, split, length, seed, variety)
+    return cls(task, split, length, seed, variety, warp)
 
   def deal(self, index: int) -> tuple[int, Dice]:
     """The position of a digit in the split's `Hand`, and dice."""
@@ -90,6 +92,7 @@ class _Deck:
         dice.between(*_HEIGHTS[look.size]),
         self.variety,
         dice,
+        self.warp,
     )
     return image
 
@@ -104,6 +107,7 @@ class Classification:
       length: int | None = None,
       seed: int = 0,
       variety: float = 1.0,
+      warp: float = 0.0,
   ) -> None:
     """A source of `length` examples.
 
@@ -115,13 +119,14 @@ class Classification:
       seed: another seed is another set of pictures of the same digits.
       variety: how far hands stray from how they wrote; more than 1 makes up
         for the few writers of the training split.
+      warp: how far their strokes are bent as well, in pixels of the scan.
 
     Raises:
       ValueError: if an argument cannot be.
     """
     self._size = size
     self._deck = _Deck.make(
-        "classification", split, size, length, seed, variety
+        "classification", split, size, length, seed, variety, warp
     )
 
   def __len__(self) -> int:
@@ -152,6 +157,7 @@ class CaptionedDigits:
       length: int | None = None,
       seed: int = 0,
       variety: float = 1.0,
+      warp: float = 0.0,
       looks: Sequence[Look] | None = None,
   ) -> None:
     """A source of `length` examples.
@@ -163,6 +169,8 @@ class CaptionedDigits:
       size: side of the pictures in pixels.
       length: as for `Classification`.
       seed: likewise.
+      variety: likewise.
+      warp: likewise.
       looks: what each example shows, instead of chance; the source is as long
         as they are many, and its captions are the canonical ones.
 
@@ -176,7 +184,7 @@ class CaptionedDigits:
     self._size = size
     self._looks = looks
     self._deck = _Deck.make(
-        "captioned digits", split, size, length, seed, variety
+        "captioned digits", split, size, length, seed, variety, warp
     )
     self._tokenizer = tokenizer or _tokenizer(DIGIT_CAPTION_LENGTH)
 

@@ -90,3 +90,27 @@ def test_sizes_agree_on_the_picture():
   small, large = drawn(3, size=32), drawn(3, size=64)
   pooled = large.reshape(32, 2, 32, 2, 3).mean((1, 3))
   assert np.corrcoef(small.ravel(), pooled.ravel())[0, 1] > 0.97
+
+
+def drawn_plain(glyph, warp, index):
+  """Ink of one glyph with no chance but that of the bend."""
+  canvas = render.background(64, 0, Dice("plain"))
+  dice = Dice("bend", index)
+  render.draw(canvas, glyph, 0, (0.5, 0.5), 0.8, 0.0, dice, warp)
+  return ink_of(canvas, 0)
+
+
+def test_strokes_bend_but_stay():
+  """A little bend moves a little ink; more moves more; none moves nothing."""
+  glyphs = digits.hand("train").glyphs[:30]
+
+  def moved(warp):
+    pairs = [
+        (drawn_plain(glyph, 0.0, i), drawn_plain(glyph, warp, i))
+        for i, glyph in enumerate(glyphs)
+    ]
+    shared = sum((a & b).sum() for a, b in pairs)
+    return 1 - shared / sum((a | b).sum() for a, b in pairs)
+
+  assert moved(0.0) == 0
+  assert 0.02 < moved(0.3) < moved(1.0) < 0.5
