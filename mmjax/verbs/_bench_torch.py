@@ -14,6 +14,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from mmjax import config as config_lib
 from mmjax.models import clip, vit
 
 Params = Mapping[str, np.ndarray]
@@ -283,3 +284,46 @@ def make_step(
         parameter.clamp_(max=maximum)
 
   return step
+
+
+def contestants(
+    config: Mapping[str, Any],
+    params: Params,
+    batch: Mapping[str, np.ndarray],
+    threads: int,
+) -> tuple[dict[str, Callable[[], None]], Any]:
+  """The twins' steps, for a `_timing.Worker`.
+
+  Args:
+    config: a frozen one of ours.
+    params: a flat dict of ours.
+    batch: as ours.
+    threads: to compute with.
+
+  Returns:
+    name -> step; and either None, for a system without a twin, or the loss and
+    the gradient norm, and name -> why a contestant is missing.
+  """
+  torch.set_num_threads(threads)
+  system = config_lib.build(config["system"], "config.system")
+  if type(system) not in TWINS:
+    return {}, None
+  inputs = make_inputs(batch)
+  found = loss_and_norm(make_twin(system, params), inputs)
+  steps, missing = {}, {}
+  for name, compiled in (("eager", False), ("compile", True)):
+    try:
+      step = make_step(
+          make_twin(system, params),
+          params,
+          inputs,
+          config["optim"],
+          config["lr"],
+          compiled,
+      )
+      step()
+    except RuntimeError as error:  # torch.compile needs a C++ compiler.
+      missing[name] = str(error).strip().splitlines()[0]
+    else:
+      steps[name] = step
+  return steps, (found, missing)
