@@ -1,47 +1,124 @@
-"""Multi-head attention under an interval mask."""
+"""Multi-head attention under an interval mask, on one device or on many."""
 
+import functools
+import math
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmjax import sharding
-from mmjax.nn import linear
+from mmjax.kernels import device
+from mmjax.kernels import flash_attention as flash
+from mmjax.nn import linear, ring
 from mmjax.nn.mask import Mask
 from mmjax.nn.partitioning import Initializer
 
 
 def dot_product_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
-  """Scaled dot-product attention, the softmax in float32.
+  """Scaled dot-product attention over the ambient mesh.
+
+  Batch and heads are computed where they are; a sequence that is split over
+  the `context` axis takes the ring, see `mmjax.nn.ring`.
 
   Args:
     q: [B, Q, H, D].
-    k: [B, K, H, D].
-    v: [B, K, H, D].
+    k: [B, K, G, D]; head h reads group h // (H / G).
+    v: [B, K, G, D].
     mask: which keys a query sees; a query that sees none yields zeros.
     scale: factor on the dot products, usually D ** -0.5.
+    softcap: see `flash_attention`.
+    bias: [B or 1, H or 1, Q, K], see there.
 
   Returns:
-    [B, Q, H, D] in the dtype of `v`.
+    [B, Q, H, D] in the dtype of q.
+
+  Raises:
+    ValueError: for arguments that do not fit together, or a bias where the
+      sequence is split.
   """
-  chex.assert_rank([q, k, v], 4)
-  chex.assert_equal_shape([k, v])
-  logits = jnp.einsum(
-      "bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32
+  flash.check(q, k, v, mask, softcap, bias)
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    attend = flash.flash_attention
+    return attend(q, k, v, mask, scale=scale, softcap=softcap, bias=bias)[0]
+  parts = sharding.axis_size("context")
+  in_ring = parts > 1 and not q.shape[1] % parts and not k.shape[1] % parts
+  if in_ring and bias is not None:
+    raise ValueError(
+        "attention: a dense bias cannot travel around the ring of the context "
+        "axis; set mesh.context=1"
+    )
+  keys = "length" if in_ring else None
+  names = lambda x, *rest: sharding.spec(("batch", *rest), x.shape, mesh)
+  # A shared row of the mask has a batch of 1, which no axis divides.
+  masks = Mask(
+      names(mask.block, "length"),
+      names(mask.first, keys),
+      names(mask.last, keys),
+      mask.pattern,
   )
-  if mask.pattern == "full":
-    weights = jax.nn.softmax(logits)
-  else:
-    visible = mask.dense()[:, None]
-    # The lowest finite number, not -inf: a row without a key stays finite, in
-    # the gradient too, and is then set to zero.
-    logits = jnp.where(visible, logits, jnp.finfo(logits.dtype).min)
-    weights = jnp.where(visible, jax.nn.softmax(logits), 0.0)
-  return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+  heads = names(q, "length", "heads", None)
+  groups = names(k, keys, "heads", None)
+  if groups[2] != heads[2]:  # The axis divides the heads, not the groups.
+    k, v = (_spread(x, sharding.axis_size("tensor")) for x in (k, v))
+    groups = names(k, keys, "heads", None)
+  run = functools.partial(
+      _ring if in_ring else _alone, scale=scale, softcap=softcap
+  )
+  operands = [(q, heads), (k, groups), (v, groups), (mask, masks)]
+  if bias is not None:
+    operands.append((bias, names(bias, "heads", "length", None)))
+  arrays, specs = zip(*operands)
+  return jax.shard_map(
+      run, in_specs=specs, out_specs=heads, check_vma=False
+  )(*arrays)
+
+
+def _spread(x: jax.Array, parts: int) -> jax.Array:
+  """Repeats the groups of [B, K, G, D] until `parts` divides them."""
+  groups = x.shape[2]
+  return jnp.repeat(x, math.lcm(groups, parts) // groups, axis=2)
+
+
+def _alone(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    bias: jax.Array | None = None,
+    **kwargs: Any,
+) -> jax.Array:
+  """Attention within one device."""
+  return flash.flash_attention(q, k, v, mask, bias=bias, **kwargs)[0]
+
+
+def _ring(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+  """Attention along the context axis."""
+  call = flash.Call(
+      device.kind(), q.shape, k.shape, q.dtype, softcap=softcap is not None
+  )
+  served_by = flash.choose(call, among=flash.TILED).implementation
+  return ring.ring_attention(
+      q, k, v, mask, "context", served_by, scale, softcap
+  )[0]
 
 
 class Attention(nn.Module):

@@ -327,3 +327,104 @@ def contestants(
     else:
       steps[name] = step
   return steps, (found, missing)
+
+
+def attention_contestants(
+    pattern: str,
+    interval: Sequence[np.ndarray],
+    arrays: Sequence[np.ndarray],
+    dtype: str,
+    threads: int,
+) -> tuple[dict[str, Callable[[], None]], Any]:
+  """PyTorch's attention, for a `_timing.Worker`.
+
+  Args:
+    pattern: of the mask.
+    interval: block i32[L], first i32[L] and last i32[L].
+    arrays: q, k, v and the cotangent of the output, f32[B, L, H, D].
+    dtype: to compute in.
+    threads: to compute with.
+
+  Returns:
+    "NAME forward" and "NAME both" -> step; and name -> why one is missing.
+  """
+  from torch.nn.attention import flex_attention as flex
+
+  torch.set_num_threads(threads)
+  q, k, v, dout = (
+      torch.tensor(x).to(getattr(torch, dtype)).transpose(1, 2).contiguous()
+      for x in arrays
+  )
+  block, first, last = (torch.tensor(x) for x in interval)
+  length = q.shape[2]
+  seen = (first <= block[:, None]) & (block[:, None] <= last)
+
+  def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    special = pattern in ("full", "causal")
+    return F.scaled_dot_product_attention(
+        q, k, v,
+        attn_mask=None if special else seen,
+        is_causal=pattern == "causal",
+    )
+
+  found, missing = {"sdpa": sdpa}, {}
+  visible = flex.create_block_mask(
+      lambda b, h, i, j: (first[j] <= block[i]) & (block[i] <= last[j]),
+      None, None, length, length, device="cpu",
+  )
+  compiled = torch.compile(flex.flex_attention)
+  found["flex"] = lambda q, k, v: compiled(q, k, v, block_mask=visible)
+  steps = {}
+  for name, attend in found.items():
+    for passes in ("forward", "both"):
+      step = _attention_step(attend, passes, q, k, v, dout)
+      try:
+        step()
+      except Exception as error:  # Of the compiler, or no gradient on a CPU.
+        missing[f"{name} {passes}"] = str(error).strip().splitlines()[0]
+      else:
+        steps[f"{name} {passes}"] = step
+  return steps, missing
+
+
+def _attention_step(
+    attend: Callable[..., torch.Tensor],
+    passes: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+) -> Callable[[], None]:
+  def forward() -> None:
+    with torch.no_grad():
+      attend(q, k, v)
+
+  leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+  def both() -> None:
+    torch.autograd.grad(attend(*leaves), leaves, dout)
+
+  return forward if passes == "forward" else both
+
+
+def vq_contestants(
+    x: np.ndarray, codebook: np.ndarray, threads: int
+) -> tuple[dict[str, Callable[[], None]], Any]:
+  """PyTorch's lookup, for a `_timing.Worker`.
+
+  Args:
+    x: f32[N, D].
+    codebook: f32[K, D].
+    threads: to compute with.
+
+  Returns:
+    "cdist" -> step; and None.
+  """
+  torch.set_num_threads(threads)
+  rows, codes = torch.tensor(x), torch.tensor(codebook)
+
+  def step() -> None:
+    with torch.no_grad():
+      torch.cdist(rows, codes).argmin(dim=1)
+
+  return {"cdist": step}, None

@@ -181,7 +181,10 @@ class Worker:
 
   def close(self) -> None:
     """Ends the process."""
-    self._process.terminate()
+    try:
+      self._pipe.send(None)
+    except OSError:  # It has ended.
+      pass
     self._process.join()
 
 
@@ -191,8 +194,8 @@ def _serve(pipe: Any, target: str, args: Sequence[Any]) -> None:
   try:
     contestants, facts = getattr(importlib.import_module(module), name)(*args)
     pipe.send((None, (list(contestants), facts)))
-    while True:
-      name, seconds, steps = pipe.recv()
+    while (asked := pipe.recv()) is not None:
+      name, seconds, steps = asked
       pipe.send((None, turn(contestants[name], seconds, steps)))
   except EOFError:  # The other end is gone.
     return

@@ -1,4 +1,4 @@
-"""mmjax bench train [flags]
+"""mmjax bench train|attention|vq [flags]
 
 Measures on the devices of this machine, and compares with what else is
 installed. The contestants of a row take turns in one run, so that a slow minute
@@ -24,6 +24,8 @@ from mmjax import verbs
 # report)`, `heading()` and `line(row)`.
 WHAT = {
     "train": "mmjax.verbs._bench_train",
+    "attention": "mmjax.verbs._bench_attention",
+    "vq": "mmjax.verbs._bench_vq",
 }
 
 

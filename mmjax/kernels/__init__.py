@@ -1,0 +1,1 @@
+"""The operations that speed and memory rest on, one implementation a chip."""
