@@ -76,6 +76,7 @@ def _visible(
 ) -> jax.Array:
   """bool[columns, rows], true where the query sees the key."""
   if plan.pattern == "interval":
+    # As columns they would fill 128 lanes each on their way from HBM.
     bounds = bounds[...].T
     first, last = bounds[:, :1], bounds[:, 1:]
     return (first <= block[...]) & (block[...] <= last)

@@ -130,6 +130,7 @@ def make_plan(
     interpret: bool,
     tiles: tuple[int, int] | None,
 ) -> Plan:
+  """The plan of a call; see `Plan`. `tiles` overrides `tile_sizes`."""
   batch, queries, heads, dim = q.shape
   keys, groups = k.shape[1:3]
   rows, columns = tiles or tile_sizes(

@@ -5,9 +5,9 @@
 No TPU is needed, but libtpu: for every chip and head size the candidates are
 ordered by an explicit model of the time of a forward and backward pass, and the
 first of which all kernels compile within the vector memory that the compiler
-grants them is taken. Large tiles spread the price of a step, small ones follow a mask
-more closely: the model weighs a causal mask and a window alike. Of a step of a
-kernel it knows
+grants them is taken. Large tiles spread the price of a step, small ones follow
+a mask more closely: the model weighs a causal mask and a window alike. Of a
+step of a kernel it knows
 
   matrix unit   2 FLOP a score, product and channel (head sizes fill 128)
   vector unit   operations a score, as the compiler's schedules have them

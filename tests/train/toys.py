@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax import sharding
-from mmjax.nn import linear, transformer
+from mmjax.nn import linear, quantize, transformer
 from mmjax.nn import mask as masks
 from mmjax.objectives import contrastive
 from mmjax.objectives.classification import softmax_cross_entropy
@@ -108,37 +108,19 @@ def flow(system, variables, batch, context):
 
 
 class Codec(nn.Module):
-  """Encoder, codebook (a mutable collection), decoder, discriminator."""
+  """Encoder, codebooks that learn by themselves, decoder, discriminator."""
 
-  codes: int = 5
-  decay: float = 0.9
+  learning: tuple[str, ...] = (quantize.COLLECTION,)
 
   def setup(self):
     self.encoder = nn.Dense(3)
+    self.quantizer = quantize.ResidualQuantizer(levels=2, codes=5, features=3)
     self.decoder = nn.Dense(D)
     self.discriminator = nn.Dense(1)
-    self.codebook = self.variable(
-        "codebook",
-        "table",
-        lambda: jax.random.normal(jax.random.key(3), (self.codes, 3)),
-    )
-
-  def quantize(self, z):
-    table = self.codebook.value
-    near = jnp.square(z[:, None] - table).sum(axis=-1).argmin(axis=1)
-    hit = jax.nn.one_hot(near, self.codes)
-    count = hit.sum(axis=0)[:, None]
-    mean = hit.T @ jax.lax.stop_gradient(z) / jnp.maximum(count, 1)
-    moved = self.decay * table + (1 - self.decay) * mean
-    if self.is_mutable_collection("codebook") and not self.is_initializing():
-      self.codebook.value = jnp.where(count > 0, moved, table)
-    code = table[near]
-    return z + jax.lax.stop_gradient(code - z), code
 
   def reconstruct(self, audio):
-    z = self.encoder(audio)
-    quantized, code = self.quantize(z)
-    return self.decoder(quantized), z, jax.lax.stop_gradient(code)
+    found = self.quantizer(self.encoder(audio))
+    return self.decoder(found.quantized), found.commitment
 
   def judge(self, audio):
     return self.discriminator(audio)[:, 0]
@@ -151,9 +133,14 @@ class Codec(nn.Module):
 def codec(system, variables, batch, context):
   """One scalar for both players: each sees the other through stop_gradient."""
   real = batch["audio"]
-  (fake, z, code), mutables = system.apply(
-      variables, real, method="reconstruct", mutable=["codebook"]
+  (fake, commitment), mutables = system.apply(
+      variables,
+      real,
+      method="reconstruct",
+      mutable=list(system.learning),
+      rngs={quantize.COLLECTION: context.rng},
   )
+  books = {quantize.COLLECTION: variables[quantize.COLLECTION]}
   fixed = variables | {
       "params": jax.lax.stop_gradient(variables["params"])
   }
@@ -164,12 +151,12 @@ def codec(system, variables, batch, context):
   )
   return {
       "reconstruction": mean_term(jnp.square(fake - real)),
-      "commitment": mean_term(jnp.square(z - code)),
+      "commitment": mean_term(commitment),
       "adversarial": mean_term(-fooled),
       "discriminator": mean_term(
           jax.nn.relu(1 - on_real) + jax.nn.relu(1 + on_fake)
       ),
-  }, mutables
+  }, books | mutables
 
 
 # --- stages and batches -------------------------------------------------------
