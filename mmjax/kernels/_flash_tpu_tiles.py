@@ -21,6 +21,7 @@ import functools
 import itertools
 import math
 import os
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -29,6 +30,7 @@ import numpy as np
 
 from mmjax.kernels import _flash_tpu as flash
 from mmjax.kernels import _flash_tpu_grid as grids
+from mmjax.kernels import intervals
 from mmjax.kernels.intervals import Mask
 
 HEAD_DIMS = 64, 128, 256
@@ -87,22 +89,72 @@ def visible(rows: int, columns: int, window: int) -> int:
   return int(((j < i + rows) & (j + columns > i - window + 1)).sum())
 
 
+def _step(
+    core: Core, name: str, dim: int, rows: int, columns: int
+) -> tuple[float, int]:
+  """Seconds of a step of a kernel in bfloat16, and bytes of its inner tiles."""
+  products, operations = KERNELS[name]
+  channels = 128 * -(-dim // 128)
+  scores = rows * columns
+  # Two inner tiles: keys and values, or queries and cotangents.
+  inner = 2 * 2 * dim * (rows if name == "dkv" else columns)
+  return STEP + max(
+      2 * products * scores * channels / core.flops,
+      operations * scores / (4 * 1024 * core.clock),
+      inner / core.hbm,
+  ), inner
+
+
 def seconds(
     core: Core, dim: int, rows: int, columns: int, window: int
 ) -> float:
   """The model: a head of a forward and backward pass in bfloat16."""
-  channels = 128 * -(-dim // 128)
-  scores = rows * columns
-  total = 0.0
-  for name, (products, operations) in KERNELS.items():
-    # Two inner tiles: keys and values, or queries and cotangents.
-    inner = 2 * 2 * dim * (rows if name == "dkv" else columns)
-    total += STEP + max(
-        2 * products * scores * channels / core.flops,
-        operations * scores / (4 * 1024 * core.clock),
-        inner / core.hbm,
-    )
-  return total * visible(rows, columns, window)
+  steps = sum(_step(core, name, dim, rows, columns)[0] for name in KERNELS)
+  return steps * visible(rows, columns, window)
+
+
+class Paper(NamedTuple):
+  """What the kernels cost on paper: a forward and a backward pass, bfloat16.
+
+  Attributes:
+    visited: tiles of a head that are visited, in each kernel.
+    tiles: all tiles of a head.
+    nbytes: HBM traffic of all heads: inner tiles at each step, outer ones once.
+    vmem: bytes of the buffers of the largest kernel, dk/dv.
+    seconds: of all heads, by the model.
+    share: of the peak, of the products of visible pairs in a fused backward
+      pass (seven of them; the kernels compute nine).
+  """
+
+  visited: int
+  tiles: int
+  nbytes: int
+  vmem: int
+  seconds: float
+  share: float
+
+
+def on_paper(kind: str, mask: Mask, heads: int, dim: int) -> Paper:
+  """The cost of self-attention of `heads` heads on a chip, batch 1."""
+  core, length = CORES[kind], mask.shape[0]
+  rows, columns = grids.tile_sizes(kind, dim, jnp.bfloat16, length, length)
+  up = lambda size: -(-length // size) * size
+  padded = intervals.pad(mask, up(rows), up(columns))
+  states = intervals.tile_states(padded, rows, columns)[0]
+  visited = int((states != intervals.HIDDEN).sum())
+  costs = [_step(core, name, dim, rows, columns) for name in KERNELS]
+  total = heads * visited * sum(cost for cost, _ in costs)
+  # Forward: q in, o out; dq: q, do in, dq out; dk/dv: k, v in, dk, dv out.
+  outer = 2 * dim * (5 * up(rows) + 4 * up(columns))
+  nbytes = heads * (visited * sum(inner for _, inner in costs) + outer)
+  # Every operand and result twice; two accumulators and three tiles of scores
+  # in float32.
+  vmem = 2 * 2 * dim * (2 * rows + 4 * columns)
+  vmem += 4 * (2 * dim * columns + 3 * rows * columns)
+  useful = 2 * 7 * dim * heads * int(intervals.visible_pairs(mask)[0])
+  return Paper(
+      visited, states.size, nbytes, vmem, total, useful / core.flops / total
+  )
 
 
 def candidates(core: Core, dim: int) -> list[tuple[int, int]]:

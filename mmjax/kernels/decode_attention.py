@@ -1,8 +1,9 @@
 """One or few queries against a long cache of keys and values.
 
-The cache keeps the heads in front, [B, G, S, D]: a head's keys stand together,
-and no path copies them. Only tiles that a row of the batch sees are read, so
-that a step costs what the cache holds, not what it has room for.
+The cache holds all layers, heads in front: [N, B, G, S, D]. It is written and
+read where it lies, so that it can be the carry of a scan over layers and no
+layer is ever copied. Only tiles that a row of the batch sees are read: a step
+costs what the cache holds, not what it has room for.
 """
 
 from typing import Any
@@ -33,6 +34,7 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    layer: jax.Array | int,
     mask: Mask,
     *,
     scale: float,
@@ -42,16 +44,17 @@ def decode_attention(
   """Attention of new tokens to a cache that holds them already.
 
   Args:
-    q: [B, N, H, D], N small; H must be a multiple of G.
-    k: [B, G, S, D], the cache; what the mask hides may be anything finite.
-    v: [B, G, S, D].
+    q: [B, T, H, D], T small; H must be a multiple of G.
+    k: [N, B, G, S, D], the cache; what the mask hides may be anything finite.
+    v: [N, B, G, S, D].
+    layer: i32[], which of the N to attend to.
     mask: which slots a query sees, for example `nn.mask.cached`.
     scale: as in `flash_attention`.
     softcap: likewise.
     implementation: "tpu", Pallas, or "jnp"; by default the device decides.
 
   Returns:
-    [B, N, H, D] in the dtype of q; zeros for a query that sees nothing.
+    [B, T, H, D] in the dtype of q; zeros for a query that sees nothing.
 
   Raises:
     ValueError: for shapes that do not fit together, or an unknown
@@ -68,7 +71,7 @@ def decode_attention(
         f"{list(IMPLEMENTATIONS)}"
     )
   batch, count, heads, dim = q.shape
-  groups = k.shape[1]
+  groups = k.shape[2]
   # The heads of a group stand below each other: rows of one product.
   rows = q.reshape(batch, count, groups, heads // groups, dim)
   rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, dim)
@@ -76,41 +79,55 @@ def decode_attention(
       block=jnp.tile(mask.block, (1, heads // groups)), pattern="interval"
   )
   if name == "tpu":
-    out = _tpu(rows, k, v, mask, scale, softcap, name != implementation)
+    out = _tpu(
+        rows, k, v, layer, mask, scale, softcap, name != implementation
+    )
   else:
-    out = _jnp(rows, k, v, mask, scale, softcap)
+    out = _jnp(rows, k, v, layer, mask, scale, softcap)
   out = out.reshape(batch, groups, heads // groups, count, dim)
   return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def append(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def append(
+    cache: jax.Array,
+    new: jax.Array,
+    layer: jax.Array | int,
+    start: jax.Array,
+) -> jax.Array:
   """Writes new keys or values behind those that a cache holds.
 
   With the cache donated to the jitted step, the write is in place.
 
   Args:
-    cache: [B, G, S, D].
-    new: [B, N, G, D].
-    start: i32[B], the slot of each row's first new token; at most S - N, or
-      the tokens land at S - N.
+    cache: [N, B, G, S, D].
+    new: [B, T, G, D].
+    layer: i32[], which of the N to write to.
+    start: i32[B], the slot of each row's first new token. What lands behind the
+      last slot is dropped.
 
   Returns:
-    The cache with `new` in slots start .. start + N - 1.
+    The cache with `new` in slots start .. start + T - 1 of the layer.
   """
-  new = new.swapaxes(1, 2).astype(cache.dtype)
-  write = lambda row, x, slot: lax.dynamic_update_slice(row, x, (0, slot, 0))
-  return jax.vmap(write)(cache, new, start)
+  batch, tokens, groups, _ = new.shape
+  rows = jnp.arange(batch)[:, None, None]
+  heads = jnp.arange(groups)[:, None]
+  slots = (start[:, None] + jnp.arange(tokens))[:, None]
+  # One scatter whose every window is one vector: of the ways to say this, XLA
+  # writes few others in place, and none of the shorter ones.
+  return cache.at[layer, rows, heads, slots].set(
+      new.swapaxes(1, 2).astype(cache.dtype), mode="drop"
+  )
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> None:
   faults = []
-  if q.ndim != 4 or k.ndim != 4:
-    faults.append("expected q [B, N, H, D] and k [B, G, S, D]")
-  elif q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+  if q.ndim != 4 or k.ndim != 5:
+    faults.append("expected q [B, T, H, D] and k [N, B, G, S, D]")
+  elif q.shape[0] != k.shape[1] or q.shape[3] != k.shape[4]:
     faults.append("B and D must agree")
-  elif q.shape[2] % k.shape[1]:
-    faults.append(f"{q.shape[2]} heads are no multiple of {k.shape[1]} groups")
-  elif mask.shape != (q.shape[1], k.shape[2]):
+  elif q.shape[2] % k.shape[2]:
+    faults.append(f"{q.shape[2]} heads are no multiple of {k.shape[2]} groups")
+  elif mask.shape != (q.shape[1], k.shape[3]):
     faults.append(f"the mask is of {mask.shape}")
   if k.shape != v.shape:
     faults.append("k and v must agree")
@@ -132,6 +149,7 @@ def _jnp(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    layer: jax.Array | int,
     mask: Mask,
     scale: float,
     softcap: float | None,
@@ -140,8 +158,9 @@ def _jnp(
 
   Args:
     q: [B, G, R, D], R rows for each head of keys.
-    k: [B, G, S, D].
-    v: [B, G, S, D].
+    k: [N, B, G, S, D].
+    v: [N, B, G, S, D].
+    layer: of the N.
     mask: of R rows.
     scale: factor on the dot products.
     softcap: see `decode_attention`.
@@ -149,7 +168,7 @@ def _jnp(
   Returns:
     [B, G, R, D] in the dtype of q.
   """
-  slots = k.shape[2]
+  slots = k.shape[3]
   columns = min(_COLUMNS, slots)
   order, count = intervals.schedule(_states(mask, columns).max(axis=0))
 
@@ -159,15 +178,18 @@ def _jnp(
     # the one before is not counted again.
     begin = order[step] * columns
     at = jnp.minimum(begin, slots - columns)
-    cut = lambda x, axis: lax.dynamic_slice_in_dim(x, at, columns, axis)
+    tile = lambda x: lax.dynamic_slice(
+        x, (layer, 0, 0, at, 0), (1, *x.shape[1:3], columns, x.shape[4])
+    )[0]
     s = scale * jnp.einsum(
-        "bgrd,bgkd->bgrk", q, cut(k, 2), preferred_element_type=jnp.float32
+        "bgrd,bgkd->bgrk", q, tile(k), preferred_element_type=jnp.float32
     )
     if softcap is not None:
       s = softcap * jnp.tanh(s / softcap)
     block = mask.block[:, None, :, None]
     first, last = (
-        cut(x, 1)[:, None, None] for x in (mask.first, mask.last)
+        lax.dynamic_slice_in_dim(x, at, columns, axis=1)[:, None, None]
+        for x in (mask.first, mask.last)
     )
     fresh = at + jnp.arange(columns) >= begin
     visible = (first <= block) & (block <= last) & fresh
@@ -175,7 +197,7 @@ def _jnp(
     new = jnp.maximum(top, s.max(axis=-1, keepdims=True))
     p, shrink = jnp.exp(s - new), jnp.exp(top - new)
     gained = jnp.einsum(
-        "bgrk,bgkd->bgrd", p.astype(v.dtype), cut(v, 2),
+        "bgrk,bgkd->bgrd", p.astype(v.dtype), tile(v),
         preferred_element_type=jnp.float32,
     )
     total = total * shrink + p.sum(axis=-1, keepdims=True)
@@ -197,6 +219,7 @@ def _tpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    layer: jax.Array | int,
     mask: Mask,
     scale: float,
     softcap: float | None,
@@ -205,7 +228,7 @@ def _tpu(
   """The Mosaic kernel; arguments and result of `_jnp`."""
   batch, groups, count, dim = q.shape
   rows = count + -count % _SUBLANES
-  slots = k.shape[2]
+  slots = k.shape[3]
   columns = min(_COLUMNS, slots)
   precision = lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
   q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - count), (0, 0)))
@@ -218,8 +241,10 @@ def _tpu(
   bounds = jnp.broadcast_to(bounds, (batch, 2, slots))
 
   def kernel(  # noqa: ANN202
-      order, visits, q, k, v, block, bounds, out, top, total, acc,  # noqa: ANN001
+      layer, order, visits, q, k, v, block, bounds,  # noqa: ANN001
+      out, top, total, acc,  # noqa: ANN001
   ):
+    del layer
     b, step = pl.program_id(0), pl.program_id(2)
 
     @pl.when(step == 0)
@@ -260,29 +285,31 @@ def _tpu(
           out.dtype
       )
 
+  at = lambda index: lambda b, g, step, layer, order, visits: index(
+      b, g, layer[0], order[b, step]
+  )
   row = pl.BlockSpec(
-      (None, None, rows, dim), lambda b, g, step, order, visits: (b, g, 0, 0)
+      (None, None, rows, dim), at(lambda b, g, layer, j: (b, g, 0, 0))
   )
   tile = pl.BlockSpec(
-      (None, None, columns, dim),
-      lambda b, g, step, order, visits: (b, g, order[b, step], 0),
+      (None, None, None, columns, dim),
+      at(lambda b, g, layer, j: (layer, b, g, j, 0)),
   )
   # At least one step, to write the zeros of a batch that sees nothing.
   steps = jnp.maximum(visits.max(), 1)
-  nbytes = 2 * k.size * k.dtype.itemsize
+  nbytes = 2 * (k.size // k.shape[0]) * k.dtype.itemsize
   out = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2,
+          num_scalar_prefetch=3,
           grid=(batch, groups, steps),
           in_specs=[
               row, tile, tile,
               pl.BlockSpec(
-                  (None, rows, 1), lambda b, g, step, order, visits: (b, 0, 0)
+                  (None, rows, 1), at(lambda b, g, layer, j: (b, 0, 0))
               ),
               pl.BlockSpec(
-                  (None, 2, columns),
-                  lambda b, g, step, order, visits: (b, 0, order[b, step]),
+                  (None, 2, columns), at(lambda b, g, layer, j: (b, 0, j))
               ),
           ],
           out_specs=row,
@@ -303,5 +330,5 @@ def _tpu(
           bytes_accessed=nbytes + 2 * q.size * q.dtype.itemsize,
       ),
       interpret=interpret,
-  )(order, visits, q, k, v, block, bounds)
+  )(jnp.full(1, layer, jnp.int32), order, visits, q, k, v, block, bounds)
   return out[:, :, :count]

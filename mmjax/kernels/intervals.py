@@ -13,6 +13,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Below and above every block number that may be used.
 LOWEST = jnp.iinfo(jnp.int32).min
@@ -90,6 +91,23 @@ def tile_states(mask: Mask, rows: int, columns: int) -> jax.Array:
   hidden = (high < bound(first.min(-1))) | (low > bound(last.max(-1)))
   whole = (bound(first.max(-1)) <= low) & (high <= bound(last.min(-1)))
   return jnp.where(hidden, HIDDEN, jnp.where(whole, WHOLE, PARTIAL))
+
+
+def visible_pairs(mask: Mask) -> np.ndarray:
+  """How many pairs of a query and a key see each other: i64[B or 1].
+
+  On the host, in time L log L.
+  """
+  arrays = [np.asarray(x) for x in (mask.block, mask.first, mask.last)]
+  batch = max(len(x) for x in arrays)
+  pairs = np.zeros(batch, np.int64)
+  for n in range(batch):
+    block, first, last = (x[n % len(x)] for x in arrays)
+    block = np.sort(block)
+    below = np.searchsorted(block, first, side="left")
+    until = np.searchsorted(block, last, side="right")
+    pairs[n] = np.maximum(until - below, 0).sum()
+  return pairs
 
 
 class Schedule(NamedTuple):

@@ -6,7 +6,8 @@ through cuDNN on a GPU), the splash attention that ships with JAX on a TPU and,
 on a CPU where PyTorch is installed, its `scaled_dot_product_attention` and
 compiled FlexAttention. GFLOP/s count visible pairs only; MiB are the
 temporaries of the compiled program; the error is that of the output, against
-float64, relative to the largest value.
+float64, relative to the largest value. --paper measures nothing, and says what
+the TPU kernels cost by the model that chose their tiles.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -77,6 +78,10 @@ def define(values: flags.FlagValues) -> None:
       "dtype", "float32", ["float32", "bfloat16"], "of q, k and v",
       flag_values=values,
   )
+  flags.DEFINE_boolean(
+      "paper", False, "say what the TPU kernels cost on paper",
+      flag_values=values,
+  )
 
 
 def prepare(values: flags.FlagValues) -> list[Case]:
@@ -102,8 +107,22 @@ def rows(
 ) -> Iterator[Row]:
   """The rows of the table, as they are measured."""
   for case in cases:
+    if values.paper:
+      yield from on_paper(case)
+      continue
     for row in measure(case, values.dtype, values.rounds, values.patience):
       yield row | {"share": row["flop_rate"] / report["peak"]}
+
+
+def on_paper(case: Case) -> Iterator[Row]:
+  """What a forward and a backward pass in bfloat16 cost, by chip."""
+  from mmjax.kernels import _flash_tpu_tiles as model
+  from mmjax.nn import mask as masks
+
+  mask = PATTERNS[case.pattern](masks, case.length)
+  for kind in model.CORES:
+    found = model.on_paper(kind, mask, case.heads, case.dim)
+    yield {"case": ":".join(map(str, case)), "chip": kind, **found._asdict()}
 
 
 def measure(
@@ -113,6 +132,7 @@ def measure(
   import jax
   import jax.numpy as jnp
 
+  from mmjax.kernels import intervals
   from mmjax.nn import mask as masks
 
   mask = PATTERNS[case.pattern](masks, case.length)
@@ -121,8 +141,7 @@ def measure(
   q, k, v, dout = (
       rng.normal(size=shape).astype(np.float32) for _ in range(4)
   )
-  pairs = visible_pairs(*(np.asarray(x)[0] for x in
-                          (mask.block, mask.first, mask.last)))
+  (pairs,) = intervals.visible_pairs(mask).tolist()
   worker = None
   if _timing.version("torch") and jax.default_backend() == "cpu":
     interval = [np.asarray(x)[0] for x in (mask.block, mask.first, mask.last)]
@@ -243,16 +262,6 @@ def _compiled(
   }
 
 
-def visible_pairs(
-    block: np.ndarray, first: np.ndarray, last: np.ndarray
-) -> int:
-  """Pairs of a query and a key that it sees, of i32[Q], i32[K], i32[K]."""
-  ordered = np.sort(block)
-  below = np.searchsorted(ordered, first, side="left")
-  until = np.searchsorted(ordered, last, side="right")
-  return int(np.maximum(until - below, 0).sum())
-
-
 def sample(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -275,8 +284,19 @@ def heading() -> str:
   )
 
 
+def _paper_line(row: Row) -> str:
+  return (
+      f"{row['case']:20}on paper  {row['chip']:12}"
+      f"{row['visited']:,} of {row['tiles']:,} tiles, "
+      f"{row['nbytes'] / 2**30:.1f} GiB, VMEM {row['vmem'] / 2**20:.1f} MiB, "
+      f"{1e3 * row['seconds']:.2f} ms, {row['share']:.0%} of peak"
+  )
+
+
 def line(row: Row) -> str:
   """One row of the table; `slower` is relative to ours."""
+  if "chip" in row:
+    return _paper_line(row)
   mib = "-" if row["bytes"] is None else f"{row['bytes'] / 2**20:,.1f}"
   error = "-" if row["error"] is None else f"{row['error']:.0e}"
   busy = f"  others used {row['others']:.1f} cores"

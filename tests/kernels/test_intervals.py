@@ -160,3 +160,20 @@ def test_a_mask_is_data():
     np.testing.assert_array_equal(count, (states != HIDDEN).sum(-1))
     assert order.shape == (2, 2, 3)
   assert compiled._cache_size() == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_visible_pairs_are_counted(seed, shared_block, shared_keys):
+  rng = np.random.default_rng(seed)
+  rows = lambda shared: 1 if shared else 3
+  first = rng.integers(-3, 6, (rows(shared_keys), 13))
+  mask = intervals.Mask(
+      *(jnp.asarray(x, jnp.int32) for x in (
+          rng.integers(-5, 8, (rows(shared_block), 7)),
+          first,
+          first + rng.integers(-2, 4, first.shape),
+      ))
+  )
+  expected = np.asarray(mask.dense()).sum((1, 2))
+  np.testing.assert_array_equal(intervals.visible_pairs(mask), expected)

@@ -13,7 +13,7 @@ needed = pytest.mark.skipif(
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
 
 
-def compile_for(chip, run, *arguments):
+def compile_for(chip, run, *arguments, donate=()):
   """`run` compiled for arguments with shapes and dtypes."""
   from mmjax.perf import topology
 
@@ -27,4 +27,4 @@ def compile_for(chip, run, *arguments):
       np.array([target]), ("x",), axis_types=(jax.sharding.AxisType.Auto,)
   )
   with jax.set_mesh(mesh):
-    return jax.jit(run).lower(*placed).compile()
+    return jax.jit(run, donate_argnums=donate).lower(*placed).compile()
