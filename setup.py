@@ -34,6 +34,7 @@ setuptools.setup(
         "pillow",
         "safetensors",
         "scikit-learn",
+        "sentencepiece",
         "tensorboardX",
         "tokenizers",
     ],
@@ -42,6 +43,8 @@ setuptools.setup(
         "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "scipy"],
         # Compiles for TPU slices on any Linux machine.
         "compile": ["jax[tpu]"],
+        # Compiles the GPU kernels for Hopper, likewise without one.
+        "compile-gpu": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12"],
         # Compares with the reference implementations.
         "parity": ["torch", "transformers"],
         "wandb": ["wandb"],

@@ -8,12 +8,10 @@ def visible(mask):
   block, first, last = map(np.asarray, (mask.block, mask.first, mask.last))
   batch = max(block.shape[0], first.shape[0], last.shape[0])
   row = lambda x, n: x[n if x.shape[0] > 1 else 0]
-  return np.array([
-      [
-          [lo <= b <= hi for lo, hi in zip(row(first, n), row(last, n))]
-          for b in row(block, n)
-      ]
+  return np.stack([
+      (row(first, n) <= b) & (b <= row(last, n))
       for n in range(batch)
+      for b in [row(block, n)[:, None]]
   ])
 
 
@@ -53,3 +51,11 @@ def grads(saved, scale, dout, dlse=0.0):
       fold(np.einsum("bhqk,bqhd->bkhd", p, dout)),
       ds,
   )
+
+
+def results(q, k, v, dout, mask, scale, softcap=None):
+  """Everything that kernels compute, by name."""
+  seen = visible(mask)
+  out, lse, saved = attention(q, k, v, seen, scale, softcap)
+  dq, dk, dv, _ = grads(saved, scale, dout)
+  return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}

@@ -4,11 +4,9 @@ import dataclasses
 import functools
 import importlib.util
 import re
-import threading
 from typing import Any
 
 import jax
-from jax._src import core as jax_core
 from jax.experimental import topologies
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 
 from mmjax.kernels import _flash_gpu, _warpgroups, intervals
 from mmjax.kernels.intervals import LAST, Mask
+from tests.kernels import reference
 
 Q, K = 130, 200
 
@@ -47,65 +46,7 @@ HOPPER = """
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once():
-  """The interpreter compiles a kernel anew for every block of threads.
-
-  Once is enough, and several times faster.
-  """
-  thread_map = pytest.importorskip(
-      "jax._src.pallas.mosaic.interpret.thread_map"
-  )
-  compiled, lock = {}, threading.Lock()
-
-  def run(jaxpr, consts, *args):
-    with lock:
-      if id(jaxpr) not in compiled:
-        evaluate = jax.jit(functools.partial(jax_core.eval_jaxpr, jaxpr))
-        program = evaluate.lower(consts, *args).compile()
-        # The program keeps no hold on the jaxpr, whose id must stay its own.
-        compiled[id(jaxpr)] = jaxpr, program
-    compiled[id(jaxpr)][1](consts, *args)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(thread_map, "_run_jaxpr", run)
-    yield
-
-
-def dense(q, k, v, mask, dout, scale, softcap=None):
-  """Output, log-sum-exp and gradients, all scores at once, in float64."""
-  q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
-  groups, share = k.shape[2], q.shape[2] // k.shape[2]
-  k, v = np.repeat(k, share, axis=2), np.repeat(v, share, axis=2)
-  block, first, last = (
-      np.asarray(x) for x in (mask.block, mask.first, mask.last)
-  )
-  visible = (first[:, None] <= block[:, :, None]) & (
-      block[:, :, None] <= last[:, None]
-  )
-  visible = visible[:, None]
-  s = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
-  slope = 1.0
-  if softcap is not None:
-    slope = 1.0 - np.tanh(s / softcap) ** 2
-    s = softcap * np.tanh(s / softcap)
-  weight = np.where(visible, np.exp(s), 0.0)
-  total = weight.sum(-1, keepdims=True)
-  with np.errstate(divide="ignore"):
-    lse = np.log(total)[..., 0]
-  p = weight / np.where(total == 0, 1.0, total)
-  out = np.einsum("bhqk,bkhd->bqhd", p, v)
-  dp = np.einsum("bqhd,bkhd->bhqk", dout, v)
-  delta = np.einsum("bqhd,bqhd->bhq", out, dout)
-  ds = p * (dp - delta[..., None]) * slope * scale
-  grouped = lambda x: x.reshape(*x.shape[:2], groups, share, -1).sum(3)
-  return {
-      "out": out,
-      "lse": lse,
-      "dq": np.einsum("bhqk,bkhd->bqhd", ds, k),
-      "dk": grouped(np.einsum("bhqk,bqhd->bkhd", ds, q)),
-      "dv": grouped(np.einsum("bhqk,bqhd->bkhd", p, dout)),
-  }
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "softcap"))
@@ -132,10 +73,10 @@ def tensors(batch=1, queries=Q, keys=K, heads=1, groups=1, dim=32, dtype="f4"):
 
 
 def check(arguments, mask, tolerance, softcap=None) -> None:
-  """Compares with `dense`, relative to the largest number of each result."""
+  """Compares with the definition, relative to the largest number."""
   q, k, v, dout = arguments
   scale = q.shape[-1] ** -0.5
-  expected = dense(q, k, v, mask, dout, scale, softcap)
+  expected = reference.results(q, k, v, dout, mask, scale, softcap)
   found = interpreted(q, k, v, mask, dout, scale, softcap)
   for name, x in found.items():
     x, want = np.asarray(x, np.float64), expected[name]
@@ -224,7 +165,7 @@ def test_hidden_tiles_are_not_read():
   first = np.where((np.arange(384) // 128) == 1, 7, 0)
   mask = make_mask(np.zeros(128), first, first)
   scale = 0.125
-  expected = dense(q, k, v, mask, dout, scale)
+  expected = reference.results(q, k, v, dout, mask, scale)
   found = interpreted(q, k_hole, v_hole, mask, dout, scale)
   for name in ("out", "lse", "dq"):
     np.testing.assert_allclose(found[name], expected[name], atol=1e-5)

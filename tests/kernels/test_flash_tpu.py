@@ -1,7 +1,6 @@
 """The Mosaic kernels against the definition, interpreted and compiled."""
 
 import functools
-import importlib.util
 import math
 
 from hypothesis import given, settings
@@ -16,10 +15,7 @@ from mmjax.kernels import _flash_tpu_grid as grids
 from mmjax.kernels import intervals
 from mmjax.kernels.flash_attention import row_delta
 from mmjax.kernels.intervals import Mask
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu not installed"
-)
+from tests.kernels import reference, tpu
 
 INF = intervals.LAST
 
@@ -105,41 +101,6 @@ def _inputs(queries, keys, heads=2, groups=1, dim=32, batch=2, seed=0):
   )
 
 
-def _definition(q, k, v, dout, mask, scale, softcap=None):
-  """out, lse, dq, dk, dv from all scores at once, in float64."""
-  q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
-  groups = k.shape[2]
-  repeats = q.shape[2] // groups
-  k, v = (np.repeat(x, repeats, axis=2) for x in (k, v))
-  block = np.asarray(mask.block)[:, None, :, None]
-  first, last = (
-      np.asarray(x)[:, None, None] for x in (mask.first, mask.last)
-  )
-  visible = (first <= block) & (block <= last)
-  visible = np.broadcast_to(visible, (len(q), *visible.shape[1:]))
-  s, slope = np.einsum("bqhd,bkhd->bhqk", q, k) * scale, 1.0
-  if softcap is not None:
-    capped = np.tanh(s / softcap)
-    s, slope = softcap * capped, 1 - capped**2
-  top = s.max(-1, keepdims=True, where=visible, initial=-1e9)
-  e = np.exp(s - top, out=np.zeros_like(s), where=visible)
-  total = e.sum(-1, keepdims=True)
-  p = e / np.where(total == 0, 1, total)
-  with np.errstate(divide="ignore"):
-    lse = (top + np.log(total))[..., 0]
-  out = np.einsum("bhqk,bkhd->bqhd", p, v)
-  dp = np.einsum("bqhd,bkhd->bhqk", dout, v)
-  ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * slope * scale
-  fold = lambda x: x.reshape(*x.shape[:2], groups, repeats, -1).sum(3)
-  return (
-      out,
-      lse,
-      np.einsum("bhqk,bkhd->bqhd", ds, k),
-      fold(np.einsum("bhqk,bqhd->bkhd", ds, q)),
-      fold(np.einsum("bhqk,bqhd->bkhd", p, dout)),
-  )
-
-
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "tiles"))
 def _kernels(q, k, v, dout, mask, *, scale, softcap=None, tiles):
   """out, lse, dq, dk, dv from the interpreted kernels."""
@@ -156,11 +117,12 @@ NAMES = "out", "lse", "dq", "dk", "dv"
 
 def _check(inputs, mask, *, tiles=(32, 48), softcap=None, error=2e-6):
   scale = inputs[0].shape[-1] ** -0.5
-  expected = _definition(*inputs, mask, scale, softcap)
+  expected = reference.results(*inputs, mask, scale, softcap)
   found = _kernels(
       *inputs, mask, scale=scale, softcap=softcap, tiles=tiles
   )
-  for name, x, y in zip(NAMES, found, expected):
+  for name, x in zip(NAMES, found):
+    y = expected[name]
     x = np.asarray(x, np.float64)
     assert np.array_equal(np.isneginf(x), np.isneginf(y)), name
     x, y = (np.where(np.isneginf(a), 0, a) for a in (x, y))
@@ -343,21 +305,12 @@ def test_tile_sizes():
 
 def _compile(chip, run, *, dim, dtype, pattern, length):
   """Compiles `run(q, k, v, mask, row, dout)` for one chip, 8 heads over 2."""
-  from mmjax.perf import topology
-
-  name = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}[chip]
-  target = topology.devices(name)[0]
-  place = jax.sharding.SingleDeviceSharding(target)
-  array = lambda shape, kind: jax.ShapeDtypeStruct(shape, kind, sharding=place)
+  array = jax.ShapeDtypeStruct
   q, k = (array((1, length, heads, dim), dtype) for heads in (8, 2))
   number = array((1, length), jnp.int32)
   mask = Mask(number, number, number, pattern=pattern)
   row = array((1, 8, length), jnp.float32)
-  mesh = jax.sharding.Mesh(
-      np.array([target]), ("x",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  with jax.set_mesh(mesh):
-    return jax.jit(run).lower(q, k, k, mask, row, q).compile()
+  return tpu.compile_for(chip, run, q, k, k, mask, row, q)
 
 
 def _forward(q, k, v, mask, row, dout, softcap=None):
@@ -374,7 +327,7 @@ def _backward(q, k, v, mask, row, dout, softcap=None):
 
 
 @pytest.mark.slow
-@needs_libtpu
+@tpu.needed
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 @pytest.mark.parametrize("dim,dtype,pattern,length", [
     (128, "bfloat16", "causal", 16384),
@@ -397,7 +350,7 @@ def test_compiles(chip, dim, dtype, pattern, length):
 
 
 @pytest.mark.slow
-@needs_libtpu
+@tpu.needed
 @pytest.mark.parametrize("kind", sorted(grids.TILES))
 def test_tiles_are_derived(kind):
   from mmjax.kernels import _flash_tpu_tiles as derivation

@@ -9,39 +9,9 @@ from mmjax import sharding
 from mmjax.kernels import intervals
 from mmjax.nn import attention, ring, transformer
 from mmjax.nn import mask as masks
-from tests.kernels import tpu
+from tests.kernels import patterns, tpu
 
-BATCH, LENGTH, HEADS, GROUPS, DIM = 2, 64, 4, 2, 16
-
-
-def documents(rng):
-  cuts = np.sort(rng.integers(1, LENGTH, (BATCH, 3)))
-  return (np.arange(LENGTH) >= cuts[..., None]).sum(1)
-
-
-# Every kind of pattern in docs/masks.md, over one sequence.
-PATTERNS = {
-    "full": lambda rng: masks.full(LENGTH),
-    "causal": lambda rng: masks.causal(LENGTH),
-    "window": lambda rng: masks.window(LENGTH, 9),
-    "chunks": lambda rng: masks.chunks(LENGTH, 5, back=2, ahead=1),
-    "prefix": lambda rng: masks.prefix(LENGTH, np.array([0, 23])),
-    "groups": lambda rng: masks.groups(rng.integers(0, 3, (BATCH, LENGTH))),
-    "scales": lambda rng: masks.scales([1, 4, 9, 16, 34]),
-    "rows": lambda rng: masks.grid_rows(16, 6, 8),
-    "columns": lambda rng: masks.grid_columns(16, 6, 8),
-    "media": lambda rng: masks.media(
-        np.sort(rng.integers(-1, 4, (BATCH, LENGTH))), 4, LENGTH // 4
-    ),
-    "cached": lambda rng: masks.cached(np.array([0, 7]), LENGTH, LENGTH + 32),
-    "noised": lambda rng: masks.branches(
-        masks.causal(LENGTH), np.repeat([0, 1, 0, 2], LENGTH // 4)
-    ),
-    "packed": lambda rng: masks.packed(masks.causal(LENGTH), documents(rng)),
-    "padded": lambda rng: masks.padded(
-        masks.causal(LENGTH), np.arange(LENGTH) >= np.array([[0], [LENGTH]])
-    ),
-}
+BATCH, LENGTH, HEADS, GROUPS, DIM = patterns.BATCH, 64, 4, 2, 16
 
 
 def arrays(rng, keys, groups=GROUPS, heads=HEADS, queries=LENGTH, batch=BATCH):
@@ -77,10 +47,10 @@ def assert_equal_on(shape, mask, operands, **kwargs):
     assert float(abs(a).max()) > 0
 
 
-@pytest.mark.parametrize("name", sorted(PATTERNS))
+@pytest.mark.parametrize("name", sorted(patterns.PATTERNS))
 def test_ring_of_eight(name):
   rng = np.random.default_rng(0)
-  mask = PATTERNS[name](rng)
+  mask = patterns.PATTERNS[name](rng, LENGTH)
   assert_equal_on({"context": 8}, mask, arrays(rng, mask.shape[1]))
 
 
@@ -93,7 +63,7 @@ def test_ring_of_eight(name):
 def test_other_meshes(shape):
   """Four devices of `tensor` share two groups of heads, eight one each."""
   rng = np.random.default_rng(1)
-  mask = PATTERNS["packed"](rng)
+  mask = patterns.PATTERNS["packed"](rng, LENGTH)
   assert_equal_on(shape, mask, arrays(rng, LENGTH, heads=8))
 
 
