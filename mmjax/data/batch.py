@@ -51,6 +51,11 @@ KEYS: dict[str, Spec] = {
         ("B", "H", "W", "C"),
         "A picture, channels last, in [-1, 1] or as its system normalises it.",
     ),
+    "images": Spec(
+        "float32",
+        ("B", "N", "H", "W", "C"),
+        "Pictures of one example in order; slots behind the last are 0.",
+    ),
     "tokens": Spec(
         "int32", ("B", "L"), "Ids of a tokenizer, padded to a fixed length."
     ),
@@ -63,7 +68,24 @@ KEYS: dict[str, Spec] = {
     ),
     "position": Spec("int32", ("B", "L"), "Where in its sequence a token is."),
     "segment": Spec(
-        "int32", ("B", "L"), "Which packed document a token belongs to."
+        "int32",
+        ("B", "L"),
+        "Which packed document a token belongs to, from 1; 0 is padding.",
+    ),
+    "source": Spec(
+        "int32",
+        ("B", "L"),
+        "Which row of the example's media features, flattened over its media, "
+        "stands in the place of a token; -1 for none.",
+    ),
+    "media": Spec(
+        "int32",
+        ("B", "L"),
+        "Index of the last medium that its document showed up to a token; -1 "
+        "before the first.",
+    ),
+    "anchor": Spec(
+        "int32", ("B",), "Index of the token whose state stands for the text."
     ),
     "valid": Spec("float32", ("B",), "1 for an example, 0 for a padding row."),
 }

@@ -1,6 +1,17 @@
 """TinyWorld: a small world, seen and written, to train on in minutes."""
 
-from mmjax.data.tinyworld.sheet import contact_sheet
+from mmjax.data.tinyworld.documents import (
+    FewShot,
+    InterleavedDocuments,
+    RetrievalDialogues,
+    dialogue_retrieval_set,
+)
+from mmjax.data.tinyworld.questions import (
+    Dialogues,
+    SceneCaptions,
+    VisualQuestions,
+)
+from mmjax.data.tinyworld.sheet import contact_sheet, conversation_sheet
 from mmjax.data.tinyworld.tasks import (
     CaptionedDigits,
     CaptionedScenes,
@@ -15,6 +26,14 @@ __all__ = [
     "CaptionedDigits",
     "CaptionedScenes",
     "Classification",
+    "Dialogues",
+    "FewShot",
+    "InterleavedDocuments",
+    "RetrievalDialogues",
+    "SceneCaptions",
+    "VisualQuestions",
     "contact_sheet",
+    "conversation_sheet",
+    "dialogue_retrieval_set",
     "retrieval_set",
 ]

@@ -1,13 +1,15 @@
-"""How does TinyWorld look? One picture with examples of every task."""
+"""How does TinyWorld look? Pictures with examples of every task."""
 
+from collections.abc import Sequence
 import pathlib
 import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mmjax.data.batch import Source
-from mmjax.data.tinyworld import tasks, text
+from mmjax.data.conversations import Conversations
+from mmjax.data.templates import IMAGE
+from mmjax.data.tinyworld import documents, questions, tasks, text
 from mmjax.data.tinyworld.digits import Split
 
 _COLUMNS = 8
@@ -31,11 +33,58 @@ def contact_sheet(path: str | pathlib.Path, split: Split = "test") -> None:
   }
   count = range(_COLUMNS * _ROWS)
   names = [text.CLASSES[int(classes[i]["label"])] for i in count]
-  bands = [_band("classification, 32 pixels", classes, names)]
+  pictures = lambda source: [source[i]["image"] for i in count]
+  bands = [_band("classification, 32 pixels", pictures(classes), names)]
   bands += [
-      _band(title, source, [source.caption(i) for i in count])
+      _band(title, pictures(source), [source.caption(i) for i in count])
       for title, source in captioned.items()
   ]
+  _save(bands, path)
+
+
+def conversation_sheet(
+    path: str | pathlib.Path, split: Split = "test"
+) -> None:
+  """Writes a PNG of the tasks that are asked and told.
+
+  Below each picture stands what is said from there on, answers after ">".
+  Examples of several pictures go on from cell to cell; of a text that
+  leads to a picture, that picture is shown.
+  """
+  sources = {
+      "scene captions": questions.SceneCaptions(split),
+      "visual questions": questions.VisualQuestions(split),
+      "dialogues": questions.Dialogues(split),
+      "interleaved documents, 4 pictures each": (
+          documents.InterleavedDocuments(split, count=_COLUMNS // 2)
+      ),
+      "few shot, 7 examples and a question": (
+          documents.FewShot(split, shots=_COLUMNS - 1)
+      ),
+      "retrieval dialogues": documents.RetrievalDialogues(split),
+  }
+  _save([_told(title, source) for title, source in sources.items()], path)
+
+
+def _told(title: str, source: Conversations) -> Image.Image:
+  """The first examples of a task of conversations."""
+  pictures, texts = [], []
+  for index in range(_COLUMNS * _ROWS // max(1, source.shown)):
+    said = "\n".join(
+        turn.text if turn.role == "user" else f"> {turn.text}"
+        for turn in source.conversation(index)
+    )
+    if source.shown:
+      pictures += list(source.pictures(index))
+      texts += said.split(IMAGE)[1:]
+    else:
+      pictures.append(source.labels(index)["image"])
+      texts.append(said)
+  return _band(title, pictures, texts)
+
+
+def _save(bands: Sequence[Image.Image], path: str | pathlib.Path) -> None:
+  """Writes bands of one width below each other."""
   page = Image.new("RGB", (bands[0].width, sum(b.height for b in bands)))
   top = 0
   for band in bands:
@@ -44,9 +93,18 @@ def contact_sheet(path: str | pathlib.Path, split: Split = "test") -> None:
   page.save(path)
 
 
-def _band(title: str, source: Source, captions: list[str]) -> Image.Image:
-  """The first examples of one task under its title."""
-  wrapped = [textwrap.wrap(caption, _LETTERS) for caption in captions]
+def _band(
+    title: str, images: Sequence[np.ndarray], captions: Sequence[str]
+) -> Image.Image:
+  """Pictures of one task with captions, under its title."""
+  wrapped = [
+      [
+          line
+          for part in caption.strip().split("\n")
+          for line in textwrap.wrap(part, _LETTERS)
+      ]
+      for caption in captions
+  ]
   height = _SIDE + _LINE * max(map(len, wrapped)) + _MARGIN
   size = (_COLUMNS * _CELL + _MARGIN, 2 * _LINE + _ROWS * height + _MARGIN)
   band = Image.new("RGB", size, "white")
@@ -56,7 +114,7 @@ def _band(title: str, source: Source, captions: list[str]) -> Image.Image:
   for index, lines in enumerate(wrapped):
     row, column = divmod(index, _COLUMNS)
     x, y = _MARGIN + column * _CELL, 2 * _LINE + row * height
-    picture = _to_picture(source[index]["image"])
+    picture = _to_picture(images[index])
     picture = picture.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
     band.paste(picture, (x, y))
     for number, line in enumerate(lines):

@@ -32,7 +32,7 @@ _SCENE_SPREAD = 0.23
 
 
 @dataclasses.dataclass(frozen=True)
-class _Deck:
+class Deck:
   """Deals every index of a source the same digit and dice, always."""
 
   task: str
@@ -52,7 +52,12 @@ class _Deck:
       seed: int,
       variety: float,
       warp: float = 0.0,
-  ) -> "_Deck":
+  ) -> "Deck":
+    """A deck of `length` examples, by default as many as the split has.
+
+    Raises:
+      ValueError: one message with every argument that cannot be.
+    """
     faults = []
     if split not in ("train", "test"):
       faults.append(f"split={split!r}: expected 'train' or 'test'")
@@ -96,6 +101,48 @@ class _Deck:
     )
     return image
 
+  def draw_scene(
+      self,
+      positions: Sequence[int],
+      scene: Scene,
+      size: int,
+      dice: Dice,
+      strokes: Sequence[Dice],
+  ) -> np.ndarray:
+    """A picture of several digits, f32[size, size, 3].
+
+    Args:
+      positions: of the digits in the split's `Hand`.
+      scene: what is shown.
+      size: side of the picture in pixels.
+      dice: draw the ground.
+      strokes: draw each digit; they may be the same dice.
+    """
+    glyphs = digits.hand(self.split).glyphs
+    image = render.background(size, dice.below(len(text.GROUNDS)), dice)
+    spots = text.LAYOUTS[scene.layout]
+    for position, colour, spot, own in zip(
+        positions, scene.colours, spots, strokes, strict=True
+    ):
+      centre = tuple(
+          0.5
+          + _SCENE_SPREAD * (2 * place - 1)
+          + own.between(-_SCENE_STRAY, _SCENE_STRAY)
+          for place in spot
+      )
+      height = own.between(*_SCENE_HEIGHT)
+      render.draw(
+          image,
+          glyphs[position],
+          colour,
+          centre,
+          height,
+          self.variety,
+          own,
+          self.warp,
+      )
+    return image
+
 
 class Classification:
   """Pictures of one digit: `image`, `label` (the digit)."""
@@ -125,7 +172,7 @@ class Classification:
       ValueError: if an argument cannot be.
     """
     self._size = size
-    self._deck = _Deck.make(
+    self._deck = Deck.make(
         "classification", split, size, length, seed, variety, warp
     )
 
@@ -183,7 +230,7 @@ class CaptionedDigits:
       length = len(looks)
     self._size = size
     self._looks = looks
-    self._deck = _Deck.make(
+    self._deck = Deck.make(
         "captioned digits", split, size, length, seed, variety, warp
     )
     self._tokenizer = tokenizer or _tokenizer(DIGIT_CAPTION_LENGTH)
@@ -231,14 +278,23 @@ def retrieval_set(
   Raises:
     ValueError: if `n` is not between 1 and the number of looks, 640.
   """
+  looks = distinct_looks(n, seed)
+  return CaptionedDigits(split, tokenizer, size, seed=seed, looks=looks)
+
+
+def distinct_looks(n: int, seed: int) -> list[Look]:
+  """`n` different looks, in random order.
+
+  Raises:
+    ValueError: if `n` is not between 1 and the number of looks, 640.
+  """
   if not 1 <= n <= text.LOOKS:
     raise ValueError(f"n={n}: there are 1 to {text.LOOKS} distinct captions")
   order = sorted(
       range(text.LOOKS),
       key=lambda identity: Dice("retrieval", seed, identity).between(0, 1),
   )
-  looks = [Look.from_identity(identity) for identity in order[:n]]
-  return CaptionedDigits(split, tokenizer, size, seed=seed, looks=looks)
+  return [Look.from_identity(identity) for identity in order[:n]]
 
 
 class CaptionedScenes:
@@ -259,7 +315,7 @@ class CaptionedScenes:
   ) -> None:
     """As `CaptionedDigits`, with `SCENE_CAPTION_LENGTH` ids by default."""
     self._size = size
-    self._deck = _Deck.make(
+    self._deck = Deck.make(
         "captioned scenes", split, size, length, seed, variety
     )
     self._tokenizer = tokenizer or _tokenizer(SCENE_CAPTION_LENGTH)
@@ -269,29 +325,9 @@ class CaptionedScenes:
 
   def __getitem__(self, index: int) -> Example:
     positions, scene, caption, dice = self._deal(index)
-    glyphs = digits.hand(self._deck.split).glyphs
-    ground = dice.below(len(text.GROUNDS))
-    image = render.background(self._size, ground, dice)
-    spots = text.SPOTS[scene.layout]
-    for position, colour, spot in zip(
-        positions, scene.colours, spots, strict=True
-    ):
-      centre = tuple(
-          0.5
-          + _SCENE_SPREAD * (2 * place - 1)
-          + dice.between(-_SCENE_STRAY, _SCENE_STRAY)
-          for place in spot
-      )
-      height = dice.between(*_SCENE_HEIGHT)
-      render.draw(
-          image,
-          glyphs[position],
-          colour,
-          centre,
-          height,
-          self._deck.variety,
-          dice,
-      )
+    image = self._deck.draw_scene(
+        positions, scene, self._size, dice, [dice] * len(positions)
+    )
     return {
         "image": image,
         "tokens": self._tokenizer.encode(caption),

@@ -16,6 +16,12 @@ CLASSES = (
     "zero", "one", "two", "three", "four",
     "five", "six", "seven", "eight", "nine",
 )
+# Every sum of two digits.
+NUMBERS = (
+    *CLASSES,
+    "ten", "eleven", "twelve", "thirteen", "fourteen",
+    "fifteen", "sixteen", "seventeen", "eighteen",
+)
 COLOURS = tuple(render.INKS)
 GROUNDS = tuple(render.GROUNDS)
 SIZES = ("small", "large")
@@ -130,6 +136,18 @@ SPOTS: tuple[tuple[tuple[float, float], ...], ...] = (
     ((0.5, 0.0), (0.5, 1.0)),
     *itertools.combinations(_CORNERS, 3),
 )
+# One digit in the middle, and one in every corner, are only asked about.
+LAYOUTS = (*SPOTS, ((0.5, 0.5),), _CORNERS)
+_PLACES = {
+    (0.0, 0.5): "on the left",
+    (1.0, 0.5): "on the right",
+    (0.5, 0.0): "at the top",
+    (0.5, 1.0): "at the bottom",
+    (0.5, 0.5): "in the middle",
+}
+_PLACES |= {
+    corner: f"in the {name}" for corner, name in zip(_CORNERS, _CORNER_NAMES)
+}
 _PAIRS = (
     # (first, then second), (second, then first)
     ("to the left of", "to the right of"),
@@ -142,7 +160,7 @@ class Scene(NamedTuple):
   """The attributes of a picture of several digits.
 
   Attributes:
-    layout: index into `SPOTS`.
+    layout: index into `LAYOUTS`, which begin with `SPOTS`.
     colours: the colour of each digit, in the order of the layout's spots.
     digits: likewise.
   """
@@ -153,12 +171,16 @@ class Scene(NamedTuple):
 
   @property
   def identity(self) -> int:
-    """The scene as one integer, unique among scenes and below 2**31."""
+    """The scene as one integer below 2**31, unique among those of `SPOTS`."""
     index = self.layout
     for colour, digit in zip(self.colours, self.digits, strict=True):
       index = (index * len(COLOURS) + colour) * len(CLASSES) + digit
     # Pairs have the layouts 0 and 1, so they all count below the triples.
     return index
+
+  def place(self, number: int) -> str:
+    """Where a digit stands, to be put after its name: "in the top left"."""
+    return _PLACES[LAYOUTS[self.layout][number]]
 
 
 def scene_caption(scene: Scene, dice: Dice | None = None) -> str:
@@ -169,19 +191,63 @@ def scene_caption(scene: Scene, dice: Dice | None = None) -> str:
   ]
   opening = _SCENE_OPENINGS[0] if dice is None else dice.choose(_SCENE_OPENINGS)
   turned = dice is not None and dice.below(2) == 1
-  if len(things) == 2:
+  if len(things) == 1:
+    text = f"{opening}{things[0]}."
+  elif len(things) == 2:
     relation = _PAIRS[scene.layout][turned]
     first, second = reversed(things) if turned else things
     text = f"{opening}{first} {relation} {second}."
   else:
     placed = [
-        f"{thing} in the {_CORNER_NAMES[_CORNERS.index(spot)]}"
-        for thing, spot in zip(things, SPOTS[scene.layout], strict=True)
+        f"{thing} {scene.place(number)}" for number, thing in enumerate(things)
     ]
     if turned:
       placed.reverse()
-    text = f"{opening}three digits: {placed[0]}, {placed[1]} and {placed[2]}."
+    listed = f"{', '.join(placed[:-1])} and {placed[-1]}"
+    text = f"{opening}{NUMBERS[len(placed)]} digits: {listed}."
   return _ARTICLE.sub("an ", text)
+
+
+_THING = re.compile(
+    rf"\ban? ({'|'.join(COLOURS)}) ({'|'.join(CLASSES)})\b"
+    rf"(?: in the ({'|'.join(_CORNER_NAMES)}))?"
+)
+
+
+def read_scene(caption: str) -> Scene | None:
+  """The scene that a caption describes, or None if it describes none.
+
+  The inverse of `scene_caption`, for telling how much of a generated caption is
+  right.
+  """
+  found = _THING.findall(caption)
+  if len(found) == 1:
+    layout = LAYOUTS.index(((0.5, 0.5),))
+  elif len(found) == 2:
+    said = [
+        (layout, turned)
+        for layout, pair in enumerate(_PAIRS)
+        for turned, words in enumerate(pair)
+        if f" {words} " in caption
+    ]
+    if len(said) != 1:
+      return None
+    layout, turned = said[0]
+    found = found[::-1] if turned else found
+  else:
+    by_name = dict(zip(_CORNER_NAMES, _CORNERS))
+    if not all(name in by_name for _, _, name in found):
+      return None
+    found.sort(key=lambda thing: _CORNERS.index(by_name[thing[2]]))
+    spots = tuple(by_name[name] for _, _, name in found)
+    if spots not in LAYOUTS:
+      return None
+    layout = LAYOUTS.index(spots)
+  return Scene(
+      layout,
+      tuple(COLOURS.index(colour) for colour, _, _ in found),
+      tuple(CLASSES.index(digit) for _, digit, _ in found),
+  )
 
 
 def corpus() -> Iterator[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from mmjax.data import batch as batch_lib
 from mmjax.data import tokenizers
-from mmjax.data.tinyworld import digits, render, sheet, tasks, text
+from mmjax.data.tinyworld import digits, questions, render, sheet, tasks, text
 
 SOURCES = (tasks.Classification, tasks.CaptionedDigits, tasks.CaptionedScenes)
 INKS = np.asarray(list(render.INKS.values())) / 127.5 - 1
@@ -230,6 +230,18 @@ def test_a_contact_sheet_holds_the_pictures(tmp_path):
   page = np.asarray(Image.open(tmp_path / "sheet.png"), np.float32)
   first = tasks.Classification("test")[0]["image"]
   first = ((first + 1) * 127.5).round().repeat(4, 0).repeat(4, 1)
+  rows, columns = first.shape[:2]
+  assert any(
+      np.array_equal(page[y : y + rows, 8 : 8 + columns], first)
+      for y in range(60)
+  )
+
+
+def test_a_conversation_sheet_holds_the_pictures(tmp_path):
+  sheet.conversation_sheet(tmp_path / "sheet.png")
+  page = np.asarray(Image.open(tmp_path / "sheet.png"), np.float32)
+  (first,) = questions.SceneCaptions("test").pictures(0)
+  first = ((first + 1) * 127.5).round().repeat(2, 0).repeat(2, 1)
   rows, columns = first.shape[:2]
   assert any(
       np.array_equal(page[y : y + rows, 8 : 8 + columns], first)

@@ -107,6 +107,48 @@ def test_scene_captions_are_determined_by_the_scene_and_determine_it():
     assert read_scene(text.scene_caption(scene, dice)) == scene
 
 
+def test_captions_of_one_and_of_four_digits():
+  one = text.Scene(6, (1,), (8,))
+  assert text.scene_caption(one) == "a photo of an orange eight."
+  four = text.Scene(7, (0, 1, 2, 3), (1, 8, 1, 0))
+  assert text.scene_caption(four) == (
+      "a photo of four digits: a red one in the top left, an orange eight in "
+      "the top right, a yellow one in the bottom left and a green zero in the "
+      "bottom right."
+  )
+
+
+def test_a_caption_is_read_back():
+  for scene, dice in scenes(500):
+    assert text.read_scene(text.scene_caption(scene)) == scene
+    assert text.read_scene(text.scene_caption(scene, dice)) == scene
+  for layout, spots in enumerate(text.LAYOUTS):
+    count = range(len(spots))
+    scene = text.Scene(layout, tuple(count), tuple(n + 3 for n in count))
+    for index in range(8):
+      caption = text.scene_caption(scene, Dice("read", index))
+      assert text.read_scene(caption) == scene
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        "a photo of the digit two.",
+        "a red two and a blue three.",
+        "a red two above a blue three below a green four.",
+        "three digits: a red two in the top left, a blue one in the top left "
+        "and a green two in the bottom left.",
+        "a red two to the left of above a blue three.",
+        "a red two to the left of a blue three above a",
+        "two digits: a red two in the top left, a blue one in the top right "
+        "and a green one.",
+    ],
+)
+def test_what_describes_no_scene_is_not_read(caption):
+  assert text.read_scene(caption) is None
+
+
 def test_scene_identities_are_unique_and_fit():
   found = {}
   for scene, _ in scenes(3000):
