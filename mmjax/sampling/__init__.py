@@ -1,0 +1,1 @@
+"""Decoding engines. They know no model: a step function and its state."""
