@@ -1,6 +1,7 @@
 """CLIP: contrastive language-image pre-training (Radford et al. 2021)."""
 
 from collections.abc import Collection, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -9,16 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import config, sharding
-from mmjax.models import vit
+from mmjax import sharding
+from mmjax.models import clip_layout, vit
 from mmjax.nn import linear, norm, position, transformer
 from mmjax.nn import mask as masks
 from mmjax.nn.partitioning import declared
 from mmjax.objectives import contrastive
 from mmjax.objectives.term import Context, Term, objective
 from mmjax.weights import layout
-from mmjax.weights.layout import Rule, Table
-from mmjax.weights.transforms import CONV2D, FLAT, LINEAR
 
 
 def _size(embed: int, image: int, patch: int, vision: int, text: int) -> dict:
@@ -143,6 +142,46 @@ _IMAGE_INIT = transformer.BlockInit(
 )
 
 
+def encoder(
+    image: tuple[int, int],
+    patch: int,
+    width: int,
+    depth: int,
+    heads: int,
+    mlp: int,
+    activation: str = "quick_gelu",
+    epsilon: float = 1e-5,
+    remat: str = "none",
+    dtype: Any = jnp.float32,
+    **kwargs: Any,
+) -> vit.Encoder:
+  """The ViT of CLIP: no patch bias, and a norm before its blocks.
+
+  `ImageTower` reads its class token; others, like LLaVA, its patches, often of
+  fewer blocks. `kwargs` go to the module (`name`).
+  """
+  std = width**-0.5
+  return vit.Encoder(
+      image=image,
+      patch=patch,
+      width=width,
+      depth=depth,
+      heads=heads,
+      mlp=mlp,
+      activation=activation,
+      epsilon=epsilon,
+      inits=_IMAGE_INIT,
+      patch_init=linear.FAN_IN_UNIFORM,
+      patch_bias_init=None,
+      cls_init=linear.normal(std),
+      position_init=linear.normal(std),
+      stem_norm=functools.partial(norm.LayerNorm, epsilon, dtype),
+      remat=remat,
+      dtype=dtype,
+      **kwargs,
+  )
+
+
 class ImageTower(nn.Module):
   """A ViT with a norm before its blocks and a projection (section 2.4).
 
@@ -165,34 +204,24 @@ class ImageTower(nn.Module):
   @nn.compact
   def __call__(self, image: jax.Array) -> ImageFeatures:
     """Embeds f32[B, H, W, 3]."""
-    def layer_norm(name: str) -> norm.LayerNorm:
-      return norm.LayerNorm(self.epsilon, self.dtype, name=name)
-
-    std = self.width**-0.5
-    tokens = vit.Encoder(
-        image=self.image,
-        patch=self.patch,
-        width=self.width,
-        depth=self.depth,
-        heads=self.heads,
-        mlp=self.mlp,
-        activation=self.activation,
-        epsilon=self.epsilon,
-        inits=_IMAGE_INIT,
-        patch_init=linear.FAN_IN_UNIFORM,
-        patch_bias_init=None,
-        cls_init=linear.normal(std),
-        position_init=linear.normal(std),
-        stem_norm=layer_norm,
-        remat=self.remat,
-        dtype=self.dtype,
+    tokens = encoder(
+        self.image,
+        self.patch,
+        self.width,
+        self.depth,
+        self.heads,
+        self.mlp,
+        self.activation,
+        self.epsilon,
+        self.remat,
+        self.dtype,
         name="encoder",
     )(image)
-    pooled = layer_norm("norm")(tokens[:, 0])
+    pooled = norm.LayerNorm(self.epsilon, self.dtype, name="norm")(tokens[:, 0])
     embed = linear.Linear(
         self.embed,
         linear.EMBED_TO_JOINT,
-        linear.normal(std),
+        linear.normal(self.width**-0.5),
         None,
         self.dtype,
         name="projection",
@@ -356,205 +385,23 @@ def contrast(
   )
 
 
-# Where a config.json is silent, transformers takes these (`CLIPTextConfig`,
-# `CLIPVisionConfig`, `CLIPConfig`).
-_TOWER: dict[str, Any] = dict(
-    num_hidden_layers=12, hidden_act="quick_gelu", layer_norm_eps=1e-5
-)
-_TEXT = _TOWER | dict(
-    vocab_size=49408,
-    hidden_size=512,
-    intermediate_size=2048,
-    num_attention_heads=8,
-    max_position_embeddings=77,
-    eos_token_id=49407,
-)
-_VISION = _TOWER | dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=32,
-)
-_PROJECTION = 512
-# transformers reads this end-of-text id, which early configs give by mistake,
-# as "the highest id".
-_HIGHEST = 2
-
-
-def _tower(
-    hf: Mapping[str, Any], kind: str, defaults: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """One tower's config and the attributes that both towers have."""
-  tower = {**defaults, **(hf.get(f"{kind}_config") or {})}
-  # The first configs held a second, decisive copy.
-  if hf.get(f"{kind}_config_dict") is not None:
-    tower |= {**defaults, **hf[f"{kind}_config_dict"]}
-  config.pick(linear.ACTIVATIONS, tower["hidden_act"], f"{kind} hidden_act")
-  return tower, dict(
-      embed=hf.get("projection_dim", _PROJECTION),
-      width=tower["hidden_size"],
-      depth=tower["num_hidden_layers"],
-      heads=tower["num_attention_heads"],
-      mlp=tower["intermediate_size"],
-      activation=tower["hidden_act"],
-      epsilon=tower["layer_norm_eps"],
-  )
-
-
 def _from_hf(hf: Mapping[str, Any], names: Collection[str]) -> CLIP:
   """The system of a config.json."""
   del names  # The config says everything.
-  text, text_shared = _tower(hf, "text", _TEXT)
-  vision, vision_shared = _tower(hf, "vision", _VISION)
-  image, patch = (layout.pair(vision[f"{k}_size"]) for k in ("image", "patch"))
-  if patch[0] != patch[1] or vision["num_channels"] != 3:
-    raise ValueError(
-        f"vision_config: patch_size is {patch} and num_channels "
-        f"{vision['num_channels']}; expected square patches of 3 channels"
-    )
-  eos = text["eos_token_id"]
   return CLIP(
-      vision=ImageTower(image=image, patch=patch[0], **vision_shared),
-      text=TextTower(
-          vocab=text["vocab_size"],
-          length=text["max_position_embeddings"],
-          eot=None if eos == _HIGHEST else eos,
-          **text_shared,
-      ),
+      vision=ImageTower(**clip_layout.vision_attributes(hf)),
+      text=TextTower(**clip_layout.text_attributes(hf)),
   )
 
 
-def _to_hf(system: CLIP) -> dict[str, Any]:
-  """The config.json of a system."""
-  vision, text = system.vision, system.text
-  if vision.image[0] != vision.image[1]:
-    raise ValueError(
-        f"transformers' CLIP takes square images, not {tuple(vision.image)}"
-    )
-
-  def shared(tower: ImageTower | TextTower) -> dict[str, Any]:
-    return dict(
-        projection_dim=tower.embed,
-        hidden_size=tower.width,
-        num_hidden_layers=tower.depth,
-        num_attention_heads=tower.heads,
-        intermediate_size=tower.mlp,
-        hidden_act=tower.activation,
-        layer_norm_eps=tower.epsilon,
-    )
-
-  return dict(
-      architectures=["CLIPModel"],
-      model_type="clip",
-      projection_dim=vision.embed,
-      vision_config=dict(
-          model_type="clip_vision_model",
-          image_size=vision.image[0],
-          patch_size=vision.patch,
-          num_channels=3,
-          **shared(vision),
-      ),
-      text_config=dict(
-          model_type="clip_text_model",
-          vocab_size=text.vocab,
-          max_position_embeddings=text.length,
-          eos_token_id=_HIGHEST if text.eot is None else text.eot,
-          bos_token_id=None,  # Known to the tokenizer, not to the system.
-          pad_token_id=None,
-          **shared(text),
-      ),
-  )
-
-
-def _table(system: CLIP) -> Table:
-  """The names of transformers, its `pre_layrnorm` included."""
-  del system  # The names are the same for every size.
-  rules = [
-      *_embeddings(
-          cls="vision_model.embeddings.class_embedding",
-          patch="vision_model.embeddings.patch_embedding.weight",
-          grid="vision_model.embeddings.position_embedding.weight",
-          token="text_model.embeddings.token_embedding.weight",
-          sequence="text_model.embeddings.position_embedding.weight",
-      ),
-      *layout.affine("vision_model.pre_layrnorm", "vision/encoder/stem_norm"),
-      *layout.affine("vision_model.post_layernorm", "vision/norm"),
-      *layout.affine("text_model.final_layer_norm", "text/norm"),
-      Rule("visual_projection.weight", "vision/projection/kernel", LINEAR),
-      Rule("text_projection.weight", "text/projection/kernel", LINEAR),
-      layout.Ignore(r"(text|vision)_model\.embeddings\.position_ids"),
-  ]
-  for tower, blocks in (("vision", "vision/encoder"), ("text", "text")):
-    rules += layout.block(
-        f"{tower}_model.encoder.layers.{{i}}",
-        f"{blocks}/blocks[i]",
-        norms=("layer_norm1", "layer_norm2"),
-        attention=tuple(
-            f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")
-        ),
-        mlp=("mlp.fc1", "mlp.fc2"),
-    )
-  return rules
-
-
-def official_table(system: CLIP) -> Table:
-  """The names of the official code, whose last projections are as ours."""
-  del system  # The names are the same for every size.
-  rules = [
-      *_embeddings(
-          cls="visual.class_embedding",
-          patch="visual.conv1.weight",
-          grid="visual.positional_embedding",
-          token="token_embedding.weight",
-          sequence="positional_embedding",
-      ),
-      *layout.affine("visual.ln_pre", "vision/encoder/stem_norm"),
-      *layout.affine("visual.ln_post", "vision/norm"),
-      *layout.affine("ln_final", "text/norm"),
-      Rule("visual.proj", "vision/projection/kernel"),
-      Rule("text_projection", "text/projection/kernel"),
-      # Numbers that the official archives keep beside the weights.
-      layout.Ignore("input_resolution|context_length|vocab_size"),
-  ]
-  for tower, blocks in (("visual.", "vision/encoder"), ("", "text")):
-    layer = f"{tower}transformer.resblocks.{{i}}"
-    block = f"{blocks}/blocks[i]"
-    qkv = [f"{block}/attention/{name}" for name in ("query", "key", "value")]
-    kernels = tuple(f"{part}/kernel" for part in qkv)
-    biases = tuple(f"{part}/bias" for part in qkv)
-    rules += [
-        *layout.affine(f"{layer}.ln_1", f"{block}/attention_norm"),
-        Rule(f"{layer}.attn.in_proj_weight", kernels, LINEAR),
-        Rule(f"{layer}.attn.in_proj_bias", biases, FLAT),
-        *layout.dense(f"{layer}.attn.out_proj", f"{block}/attention/out", 2),
-        *layout.affine(f"{layer}.ln_2", f"{block}/mlp_norm"),
-        *layout.dense(f"{layer}.mlp.c_fc", f"{block}/mlp/up"),
-        *layout.dense(f"{layer}.mlp.c_proj", f"{block}/mlp/down"),
-    ]
-  return rules
-
-
-def _embeddings(
-    *, cls: str, patch: str, grid: str, token: str, sequence: str
-) -> list[Rule]:
-  """What both tables have by names without system."""
-  return [
-      Rule(cls, "vision/encoder/cls"),
-      Rule(patch, "vision/encoder/patch/kernel", CONV2D),
-      Rule(grid, "vision/encoder/position/table"),
-      Rule(token, "text/embed/embedding"),
-      Rule(sequence, "text/position/table"),
-      Rule("logit_scale", "logit_scale"),
-  ]
-
+# The names of the official code.
+official_table = clip_layout.official_table
 
 LAYOUT = layout.Layout(
     architectures=("CLIPModel",),
     system=_from_hf,
-    config=_to_hf,
-    table=_table,
+    config=clip_layout.config_of,
+    table=clip_layout.table,
     inputs=lambda system: {
         "image": jax.ShapeDtypeStruct(
             (1, *system.vision.image, 3), jnp.float32
