@@ -7,13 +7,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from mmjax import sharding
+from mmjax.kernels import decode_attention as decode
 from mmjax.kernels import device
 from mmjax.kernels import flash_attention as flash
 from mmjax.nn import linear, ring
+from mmjax.nn.cache import Cache
 from mmjax.nn.mask import Mask
 from mmjax.nn.partitioning import Initializer
+from mmjax.nn.rope import Rotation
+
+# Up to so many new tokens are attended to the cache where it lies; for more, a
+# layer is copied out of it once and its keys are tiled along the queries too.
+_FEW = 16
 
 
 def dot_product_attention(
@@ -121,6 +129,67 @@ def _ring(
   )[0]
 
 
+def cached_attention(
+    q: jax.Array,
+    cache: Cache,
+    layer: jax.Array | int,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+  """Attention of new tokens to a layer of a cache, over the ambient mesh.
+
+  Args:
+    q: [B, T, H, D]; head h reads group h // (H / G).
+    cache: holds the keys and values of the new tokens already.
+    layer: i32[], which of its layers.
+    mask: of T queries and S keys, see `Cache.mask`.
+    scale: factor on the dot products, usually D ** -0.5.
+    softcap: see `flash_attention`.
+
+  Returns:
+    [B, T, H, D] in the dtype of q.
+
+  Raises:
+    ValueError: for arguments that do not fit together.
+  """
+  if q.shape[1] > _FEW:
+    k, v = (
+        jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        .swapaxes(1, 2)
+        .astype(q.dtype)
+        for x in (cache.k, cache.v)
+    )
+    return dot_product_attention(q, k, v, mask, scale=scale, softcap=softcap)
+
+  def run(q, k, v, layer, mask):  # noqa: ANN001, ANN202
+    return decode.decode_attention(
+        q, k, v, layer, mask, scale=scale, softcap=softcap
+    )
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return run(q, cache.k, cache.v, layer, mask)
+  names = lambda x, *rest: sharding.spec(rest, x.shape, mesh)
+  # Where the axis does not divide the groups, every device has all heads.
+  shards = names(cache.k, None, "batch", "heads", None, None)
+  heads = "heads" if shards[2] else None
+  rows = names(q, "batch", None, heads, None)
+  return jax.shard_map(
+      run,
+      in_specs=(
+          rows,
+          shards,
+          shards,
+          PartitionSpec(),
+          jax.tree.map(lambda x: names(x, "batch", None), mask),
+      ),
+      out_specs=rows,
+      check_vma=False,
+  )(q, cache.k, cache.v, jnp.asarray(layer, jnp.int32), mask)
+
+
 class Attention(nn.Module):
   """Multi-head self-attention (Vaswani et al. 2017, section 3.2).
 
@@ -170,3 +239,86 @@ class Attention(nn.Module):
         dtype=self.dtype,
         name="out",
     )(y)
+
+
+class CachedAttention(nn.Module):
+  """Self-attention of a decoder: grouped, rotary, with a memory.
+
+  Queries share the keys and values of their group (Ainslie et al. 2023).
+
+  Attributes:
+    heads: number H of query heads.
+    groups: number G of key and value heads; must divide H.
+    head_dim: width of a head; H of them need not make the width of the model.
+    qkv_init: of the query, key and value kernels.
+    out_init: of the output kernel.
+    qkv_bias_init: of the query, key and value biases; None for no biases.
+    out_bias_init: of the output bias; None for no bias.
+    dtype: of the computation.
+  """
+
+  heads: int
+  groups: int
+  head_dim: int
+  qkv_init: Initializer
+  out_init: Initializer
+  qkv_bias_init: Initializer | None = None
+  out_bias_init: Initializer | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+      self,
+      x: jax.Array,
+      mask: Mask,
+      rotation: Rotation | None = None,
+      cache: Cache | None = None,
+      layer: jax.Array | int = 0,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Maps [B, T, D] to [B, T, D] and the cache to one that holds x too.
+
+    Args:
+      x: the new tokens.
+      mask: of T queries and T keys; with a cache, of T queries and its slots.
+      rotation: turns queries and keys; None for models without.
+      cache: what came before; None attends to x alone.
+      layer: i32[], which layer of the cache this is.
+
+    Raises:
+      ValueError: if the groups do not divide the heads.
+    """
+    if self.heads % self.groups:
+      raise ValueError(
+          f"{self.heads} heads are not divisible by {self.groups} groups"
+      )
+
+    def project(name: str, heads: int) -> jax.Array:
+      y = linear.Linear(
+          (heads, self.head_dim),
+          linear.EMBED_TO_HEADS,
+          self.qkv_init,
+          self.qkv_bias_init,
+          self.dtype,
+          name=name,
+      )(x)
+      return sharding.constrain(y, "batch", "length", "heads", None)
+
+    q = project("query", self.heads)
+    k, v = (project(name, self.groups) for name in ("key", "value"))
+    if rotation is not None:
+      q, k = rotation(q), rotation(k)
+    scale = self.head_dim**-0.5
+    if cache is None:
+      y = dot_product_attention(q, k, v, mask, scale=scale)
+    else:
+      cache = cache.write(layer, k, v)
+      y = cached_attention(q, cache, layer, mask, scale=scale)
+    y = linear.Linear(
+        x.shape[-1],
+        linear.HEADS_TO_EMBED,
+        self.out_init,
+        self.out_bias_init,
+        self.dtype,
+        name="out",
+    )(y)
+    return y, cache

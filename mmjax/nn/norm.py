@@ -43,3 +43,37 @@ def _layer_norm(
   centred = x - x.mean(axis=-1, keepdims=True)
   variance = jnp.square(centred).mean(axis=-1, keepdims=True)
   return centred * jax.lax.rsqrt(variance + epsilon) * scale + bias
+
+
+class RMSNorm(nn.Module):
+  """Division by the root mean square (Zhang and Sennrich 2019).
+
+  Scaled in float32 and rounded once, so an epsilon of 1e-8 (Helium) has its
+  effect in bfloat16 too.
+
+  Attributes:
+    epsilon: added to the mean square: 1e-5 or 1e-6 in LLaMA and Qwen, 1e-8 in
+      Helium, so there is no default.
+    dtype: of the result.
+  """
+
+  epsilon: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [..., D] to [..., D]."""
+    scale = self.param(
+        "scale",
+        declared(nn.initializers.ones, "embed"),
+        x.shape[-1:],
+        jnp.float32,
+    )
+    normalize = jax.checkpoint(_rms_norm, prevent_cse=False)
+    return normalize(x, scale, self.epsilon).astype(self.dtype)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+  x = x.astype(jnp.float32)
+  square = jnp.square(x).mean(axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(square + epsilon) * scale

@@ -1,5 +1,6 @@
-"""The pre-norm transformer block, and stacks of blocks under one scan."""
+"""Transformer blocks, with and without a memory, and stacks under one scan."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 from mmjax import config, sharding
 from mmjax.nn import linear
 from mmjax.nn.attention import Attention
+from mmjax.nn.cache import Cache
 from mmjax.nn.mask import Mask
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.partitioning import Initializer
+from mmjax.nn.rope import Rotation
 
 # What the backward pass recomputes: nothing; everything inside a block; or all
 # but the results of matrix products with parameters.
@@ -79,6 +82,51 @@ class Mlp(nn.Module):
     return dropout(self, y, self.dropout)
 
 
+class GatedMlp(nn.Module):
+  """Two projections, one of which gates the other, and one back.
+
+  down(activation(gate(x)) * up(x)), the GLU variants of Shazeer (2020).
+
+  Attributes:
+    hidden: width between the projections.
+    activation: name in `linear.ACTIVATIONS`; "silu" makes SwiGLU.
+    inits: initializers; `up` is that of the gate too.
+    dtype: of the computation.
+  """
+
+  hidden: int
+  activation: str
+  inits: BlockInit
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, L, D] to [B, L, D]."""
+
+    def project(name: str) -> jax.Array:
+      y = linear.Linear(
+          self.hidden,
+          linear.EMBED_TO_MLP,
+          self.inits.up,
+          self.inits.mlp_bias,
+          self.dtype,
+          name=name,
+      )(x)
+      return sharding.constrain(y, "batch", "length", "mlp")
+
+    activation = linear.ACTIVATIONS[self.activation]
+    # Recomputed backward: its inputs are kept already, its parts need not be.
+    gated = jax.checkpoint(lambda g, y: activation(g) * y, prevent_cse=False)
+    return linear.Linear(
+        x.shape[-1],
+        linear.MLP_TO_EMBED,
+        self.inits.down,
+        self.inits.mlp_bias,
+        self.dtype,
+        name="down",
+    )(gated(project("gate"), project("up")))
+
+
 class Block(nn.Module):
   """A pre-norm transformer block (ViT, equations 2 and 3).
 
@@ -126,6 +174,59 @@ class Block(nn.Module):
     return x + y, None
 
 
+# Where the norms of a `CachedBlock` stand: before its two halves, or after the
+# sums (the original transformer; OPT-350m).
+ORDERS = ("pre", "post")
+
+
+class CachedBlock(nn.Module):
+  """A transformer block with a memory, of parts that its model chooses.
+
+  Attributes:
+    attention: makes the attention, see `attention.CachedAttention`.
+    mlp: makes the MLP.
+    norm: makes each of the two norms.
+    order: one of `ORDERS`.
+  """
+
+  attention: Callable[..., nn.Module]
+  mlp: Callable[..., nn.Module]
+  norm: Callable[..., nn.Module]
+  order: str = "pre"
+
+  @nn.compact
+  def __call__(
+      self,
+      carry: tuple[jax.Array, Cache | None],
+      layer: jax.Array | int,
+      mask: Mask,
+      rotation: Rotation | None,
+  ) -> tuple[tuple[jax.Array, Cache | None], None]:
+    """One layer, in the form that `nn.scan` wants.
+
+    Args:
+      carry: [B, T, D] and the cache of all layers, None for none.
+      layer: i32[], the number of this layer.
+      mask: see `CachedAttention`.
+      rotation: likewise.
+
+    Returns:
+      The new carry, and the None that `nn.scan` stacks.
+    """
+    x, cache = carry
+    x = sharding.constrain(x, "batch", "length", None)
+    pre = self.order == "pre"
+    norm = self.norm(name="attention_norm")
+    y, cache = self.attention(name="attention")(
+        norm(x) if pre else x, mask, rotation, cache, layer
+    )
+    x = x + y if pre else norm(x + y)
+    norm = self.norm(name="mlp_norm")
+    y = self.mlp(name="mlp")(norm(x) if pre else x)
+    x = x + y if pre else norm(x + y)
+    return (x, cache), None
+
+
 def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
   """Dropout that is active exactly where the caller gave a `dropout` rng."""
   if rate == 0.0 or not module.has_rng("dropout"):
@@ -134,15 +235,22 @@ def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
   return jnp.where(keep, x / (1 - rate), 0.0).astype(x.dtype)
 
 
-def stacked(block: type[nn.Module], depth: int, remat: str) -> Any:
+def stacked(
+    block: type[nn.Module],
+    depth: int,
+    remat: str,
+    in_axes: Any = nn.broadcast,
+) -> Any:
   """A block class whose parameters are stacked `[depth, ...]` and scanned.
 
   One scanned body compiles several times faster than `depth` copies of it.
 
   Args:
-    block: a module class called as `block(x, *broadcast) -> (x, None)`.
+    block: a module class called as `block(x, *rest) -> (x, None)`.
     depth: number of blocks.
     remat: name in `REMAT`.
+    in_axes: along which axis each of `rest` is scanned; `nn.broadcast` gives
+      it whole to every block.
 
   Returns:
     The class to instantiate with the block's attributes.
@@ -154,7 +262,7 @@ def stacked(block: type[nn.Module], depth: int, remat: str) -> Any:
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=nn.broadcast,
+      in_axes=in_axes,
       length=depth,
       metadata_params={nn.PARTITION_NAME: "layers"},
   )
