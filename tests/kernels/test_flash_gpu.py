@@ -173,6 +173,12 @@ def test_hidden_tiles_are_not_read():
   assert not np.asarray(found["dv"])[:, 128:256].any()
 
 
+@pytest.mark.xfail(
+    jax.__version_info__ >= (0, 12),
+    reason="the detector of jax 0.12 calls the read of a worker and the copy "
+    "that waits for its release a race; that of 0.10 does not",
+    strict=False,
+)
 def test_the_threads_do_not_race(monkeypatch, capfd):
   params = dataclasses.replace(
       _warpgroups._interpret_params(), detect_races=True
