@@ -8,4 +8,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     # The tests compile much and compute little.
     + " --xla_backend_optimization_level=0"
+    # With it XLA:CPU may start collectives on its fake devices in different
+    # orders, and wait for ever.
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )

@@ -134,3 +134,72 @@ class SequencePositions(nn.Module):
         jnp.float32,
     )
     return table[:length]
+
+
+def triangle_weights(
+    index: jax.Array, new: jax.Array, old: int
+) -> jax.Array:
+  """How each old sample counts for a new one, with traced sizes.
+
+  Linear interpolation with half-pixel centres whose triangle widens as it
+  shrinks a grid: PyTorch's antialiased "bilinear", and PIL's.
+
+  Args:
+    index: i32[...], which of the new samples.
+    new: i32[...], how many new samples there are.
+    old: how many old ones.
+
+  Returns:
+    f32[..., old], rows that sum to 1.
+  """
+  scale = (old / new.astype(jnp.float32))[..., None]
+  centre = (index[..., None] + 0.5) * scale
+  distance = jnp.abs(jnp.arange(old) + 0.5 - centre)
+  weights = jnp.maximum(1 - distance / jnp.maximum(scale, 1), 0)
+  return weights / weights.sum(axis=-1, keepdims=True)
+
+
+class FlexPositions(nn.Module):
+  """A table of grid positions, resampled for each image of a batch.
+
+  The positions of NaFlex (SigLIP 2, Tschannen et al. 2025, section 2.4.2). A
+  grid is data, so images of many shapes share a program: resampling is one
+  product with the table.
+
+  Attributes:
+    grid: (rows, columns) of the table.
+    table_init: of the table.
+  """
+
+  grid: Sequence[int]
+  table_init: Initializer
+
+  @nn.compact
+  def __call__(
+      self, features: int, grid: jax.Array, length: int
+  ) -> jax.Array:
+    """Positions of row-major patches.
+
+    Args:
+      features: D.
+      grid: i32[B, 2], rows and columns of each image, at most N patches.
+      length: N.
+
+    Returns:
+      f32[B, N, D]; behind its last patch an image repeats the first position.
+    """
+    table = self.param(
+        "table",
+        declared(self.table_init, "position", "embed"),
+        (int(np.prod(self.grid)), features),
+        jnp.float32,
+    )
+    rows, columns = grid[:, :1], grid[:, 1:]
+    slot = jnp.arange(length)
+    slot = jnp.where(slot < rows * columns, slot, 0)
+    weights = jnp.einsum(
+        "bni,bnj->bnij",
+        triangle_weights(slot // columns, rows, self.grid[0]),
+        triangle_weights(slot % columns, columns, self.grid[1]),
+    )
+    return weights.reshape(*slot.shape, -1) @ table
