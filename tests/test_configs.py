@@ -43,11 +43,13 @@ HEAVY = {("siglip", "siglip2")}
 
 def trained():
   """The variants that take steps in the tests."""
+  found = []
   for variant in variants(is_tiny):
     module, _, stage = variant.values
     heavy = (pathlib.Path(module.__file__).stem, stage) in HEAVY
     marks = [pytest.mark.slow] if heavy else []
-    yield pytest.param(*variant.values, id=variant.id, marks=marks)
+    found.append(pytest.param(*variant.values, id=variant.id, marks=marks))
+  return found
 
 
 @pytest.mark.parametrize("module,size,stage", variants())
