@@ -6,6 +6,7 @@ layer is ever copied. Only tiles that a row of the batch sees are read: a step
 costs what the cache holds, not what it has room for.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from mmjax.kernels import device, intervals
 from mmjax.kernels.intervals import Mask
 
 IMPLEMENTATIONS = ("tpu", "jnp")
-INTERPRET = ":interpret"
 
 # Slots in a tile.
 _COLUMNS = 512
@@ -64,7 +64,7 @@ def decode_attention(
   if implementation is None:
     on_tpu = device.platform(device.kind()) == "tpu"
     implementation = "tpu" if on_tpu else "jnp"
-  name = implementation.removesuffix(INTERPRET)
+  name = implementation.removesuffix(device.INTERPRET)
   if name not in IMPLEMENTATIONS:
     raise ValueError(
         f"decode attention: implementation={implementation!r}; expected one of "
@@ -230,7 +230,6 @@ def _tpu(
   rows = count + -count % _SUBLANES
   slots = k.shape[3]
   columns = min(_COLUMNS, slots)
-  precision = lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
   q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - count), (0, 0)))
   mask = intervals.pad(mask, rows, slots)
   order, visits = intervals.schedule(_states(mask, columns))
@@ -239,51 +238,6 @@ def _tpu(
   block = jnp.broadcast_to(mask.block, (batch, rows))[..., None]
   bounds = jnp.stack(jnp.broadcast_arrays(mask.first, mask.last), axis=1)
   bounds = jnp.broadcast_to(bounds, (batch, 2, slots))
-
-  def kernel(  # noqa: ANN202
-      layer, order, visits, q, k, v, block, bounds,  # noqa: ANN001
-      out, top, total, acc,  # noqa: ANN001
-  ):
-    del layer
-    b, step = pl.program_id(0), pl.program_id(2)
-
-    @pl.when(step == 0)
-    def _begin() -> None:
-      top[...] = jnp.full_like(top, _FLOOR)
-      total[...] = jnp.zeros_like(total)
-      acc[...] = jnp.zeros_like(acc)
-
-    @pl.when(step < visits[b])
-    def _visit() -> None:
-      s = scale * lax.dot_general(
-          q[...], k[...], (((1,), (1,)), ((), ())),
-          precision=precision, preferred_element_type=jnp.float32,
-      )
-      if softcap is not None:
-        s = softcap * jnp.tanh(s / softcap)
-      first, last = bounds[:1], bounds[1:]
-      # Behind the end of the cache the copy of a tile is not defined.
-      slot = lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-      inside = slot < slots - order[b, step] * columns
-      visible = (first <= block[...]) & (block[...] <= last) & inside
-      s = jnp.where(visible, s, -jnp.inf)
-      new = jnp.maximum(top[...], s.max(axis=1, keepdims=True))
-      p, shrink = jnp.exp(s - new), jnp.exp(top[...] - new)
-      values = jnp.where(inside.T, v[...], 0) if slots % columns else v[...]
-      gained = lax.dot_general(
-          p.astype(v.dtype), values, (((1,), (0,)), ((), ())),
-          precision=precision, preferred_element_type=jnp.float32,
-      )
-      total[...] = total[...] * shrink + p.sum(axis=1, keepdims=True)
-      acc[...] = acc[...] * shrink + gained
-      top[...] = new
-
-    @pl.when(step == pl.num_programs(2) - 1)
-    def _end() -> None:
-      whole = total[...]
-      out[...] = (acc[...] / jnp.where(whole == 0.0, 1.0, whole)).astype(
-          out.dtype
-      )
 
   at = lambda index: lambda b, g, step, layer, order, visits: index(
       b, g, layer[0], order[b, step]
@@ -299,7 +253,7 @@ def _tpu(
   steps = jnp.maximum(visits.max(), 1)
   nbytes = 2 * (k.size // k.shape[0]) * k.dtype.itemsize
   out = pl.pallas_call(
-      kernel,
+      functools.partial(_kernel, slots=slots, scale=scale, softcap=softcap),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=3,
           grid=(batch, groups, steps),
@@ -332,3 +286,66 @@ def _tpu(
       interpret=interpret,
   )(jnp.full(1, layer, jnp.int32), order, visits, q, k, v, block, bounds)
   return out[:, :, :count]
+
+
+def _kernel(
+    layer: Any,
+    order: Any,
+    visits: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    block: Any,
+    bounds: Any,
+    out: Any,
+    top: Any,
+    total: Any,
+    acc: Any,
+    *,
+    slots: int,
+    scale: float,
+    softcap: float | None,
+) -> None:
+  """One tile of slots: references to prefetched scalars, tiles and scratch."""
+  del layer  # The index maps read it.
+  columns = k.shape[0]
+  precision = lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
+  b, step = pl.program_id(0), pl.program_id(2)
+
+  @pl.when(step == 0)
+  def _begin() -> None:
+    top[...] = jnp.full_like(top, _FLOOR)
+    total[...] = jnp.zeros_like(total)
+    acc[...] = jnp.zeros_like(acc)
+
+  @pl.when(step < visits[b])
+  def _visit() -> None:
+    s = scale * lax.dot_general(
+        q[...], k[...], (((1,), (1,)), ((), ())),
+        precision=precision, preferred_element_type=jnp.float32,
+    )
+    if softcap is not None:
+      s = softcap * jnp.tanh(s / softcap)
+    first, last = bounds[:1], bounds[1:]
+    # Behind the end of the cache the copy of a tile is not defined.
+    slot = lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    inside = slot < slots - order[b, step] * columns
+    visible = (first <= block[...]) & (block[...] <= last) & inside
+    s = jnp.where(visible, s, -jnp.inf)
+    new = jnp.maximum(top[...], s.max(axis=1, keepdims=True))
+    p, shrink = jnp.exp(s - new), jnp.exp(top[...] - new)
+    values = jnp.where(inside.T, v[...], 0) if slots % columns else v[...]
+    gained = lax.dot_general(
+        p.astype(v.dtype), values, (((1,), (0,)), ((), ())),
+        precision=precision, preferred_element_type=jnp.float32,
+    )
+    total[...] = total[...] * shrink + p.sum(axis=1, keepdims=True)
+    acc[...] = acc[...] * shrink + gained
+    top[...] = new
+
+  @pl.when(step == pl.num_programs(2) - 1)
+  def _end() -> None:
+    whole = total[...]
+    out[...] = (acc[...] / jnp.where(whole == 0.0, 1.0, whole)).astype(
+        out.dtype
+    )

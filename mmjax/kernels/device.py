@@ -1,8 +1,23 @@
 """For which device is a computation traced? It decides who serves a call."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+# "tpu:interpret" and "gpu:interpret" run a kernel without its device, slowly.
+INTERPRET = ":interpret"
+
+
+class Choice(NamedTuple):
+  """Who serves a call of a kernel.
+
+  Attributes:
+    implementation: its name.
+    reason: why, and why not a faster one.
+  """
+
+  implementation: str
+  reason: str
 
 
 def kind() -> str:

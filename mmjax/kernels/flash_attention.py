@@ -35,23 +35,8 @@ _PREFERENCES = {
     "cpu": ("dense", "chunked"),
 }
 
-# "tpu:interpret" and "gpu:interpret" run a kernel without its device, slowly.
-INTERPRET = ":interpret"
-
 # Scores of one head up to which all at once is faster than tile by tile.
 DENSE_SCORES = 256 * 256
-
-class Choice(NamedTuple):
-  """Who serves a call.
-
-  Attributes:
-    implementation: one of `IMPLEMENTATIONS`.
-    reason: why, and why not a faster one.
-  """
-
-  implementation: str
-  reason: str
-
 
 def flash_attention(
     q: jax.Array,
@@ -187,7 +172,7 @@ def choose(
     call: Call,
     implementation: str | None = None,
     among: Sequence[str] = IMPLEMENTATIONS,
-) -> Choice:
+) -> device.Choice:
   """Says who serves a call and why.
 
   Args:
@@ -201,7 +186,7 @@ def choose(
     ValueError: if what was asked for is unknown or cannot serve the call.
   """
   if implementation is not None:
-    name = implementation.removesuffix(INTERPRET)
+    name = implementation.removesuffix(device.INTERPRET)
     if name not in IMPLEMENTATIONS:
       raise ValueError(
           f"attention: implementation={implementation!r}; expected one of "
@@ -210,7 +195,7 @@ def choose(
     refusal = _refusal(name, call)
     if refusal:
       raise ValueError(f"attention: {name} cannot serve this: {refusal}")
-    return Choice(implementation, "asked for")
+    return device.Choice(implementation, "asked for")
   platform = device.platform(call.device_kind)
   reasons = [f"on {call.device_kind}"]
   for name in _PREFERENCES[platform]:
@@ -225,7 +210,7 @@ def choose(
     if not refusal:
       break
     reasons.append(f"not {name}: {refusal}")
-  return Choice(name, "; ".join(reasons))
+  return device.Choice(name, "; ".join(reasons))
 
 
 def _refusal(name: str, call: Call) -> str:
@@ -326,7 +311,7 @@ def forward(
     softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The tiled forward pass; arguments and results of `flash_attention`."""
-  name = implementation.removesuffix(INTERPRET)
+  name = implementation.removesuffix(device.INTERPRET)
   if name == "chunked":
     return _flash_jnp.forward(q, k, v, mask, bias, scale=scale, softcap=softcap)
   backend = {"tpu": _flash_tpu, "gpu": _flash_gpu}[name]
@@ -370,7 +355,7 @@ def backward(
   """
   # exp(score - lse) becomes 0, not NaN, in rows that see nothing.
   lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
-  name = implementation.removesuffix(INTERPRET)
+  name = implementation.removesuffix(device.INTERPRET)
   if name == "chunked":
     return _flash_jnp.backward(
         q, k, v, mask, bias, lse, delta, dout, scale=scale, softcap=softcap

@@ -33,21 +33,6 @@ _PREFERENCES = {
     "cpu": ("chunked",),
 }
 
-# "tpu:interpret", and so on, runs a kernel without its device, slowly.
-INTERPRET = ":interpret"
-
-
-class Choice(NamedTuple):
-  """Who serves a call.
-
-  Attributes:
-    implementation: one of `IMPLEMENTATIONS`.
-    reason: why, and why not a faster one.
-  """
-
-  implementation: str
-  reason: str
-
 
 def vq_lookup(
     x: jax.Array,
@@ -92,7 +77,7 @@ def vq_lookup(
   dtype = dtype if metric == "euclidean" else jnp.float32
   call = Call(device.kind(), codebook.shape, dtype)
   chosen = choose(call, implementation).implementation
-  name = chosen.removesuffix(INTERPRET)
+  name = chosen.removesuffix(device.INTERPRET)
   if name == "chunked":
     return _vq_jnp.lookup(x, codebook, metric)
   index = _search(call.device_kind, chosen)(x, codebook, metric)
@@ -137,7 +122,7 @@ def residual_vq(
   x, codebooks = map(jnp.asarray, jax.lax.stop_gradient((x, codebooks)))
   call = Call(device.kind(), codebooks.shape, codebooks.dtype)
   chosen = choose(call, implementation).implementation
-  name = chosen.removesuffix(INTERPRET)
+  name = chosen.removesuffix(device.INTERPRET)
   if name == "chunked":
     return _vq_jnp.residual(x, codebooks, active)
   if name == "tpu":
@@ -151,7 +136,7 @@ def residual_vq(
 
 def _search(device_kind: str, chosen: str) -> Callable[..., jax.Array]:
   """The kernel that finds indices: (x, codebook, metric) -> i32[N]."""
-  name = chosen.removesuffix(INTERPRET)
+  name = chosen.removesuffix(device.INTERPRET)
   interpret = name != chosen
   if name == "gpu":
     return functools.partial(_vq_gpu.lookup, interpret=interpret)
@@ -219,7 +204,7 @@ class Call(NamedTuple):
   dtype: Any = jnp.float32
 
 
-def choose(call: Call, implementation: str | None = None) -> Choice:
+def choose(call: Call, implementation: str | None = None) -> device.Choice:
   """Says who serves a call and why.
 
   Args:
@@ -231,7 +216,7 @@ def choose(call: Call, implementation: str | None = None) -> Choice:
     ValueError: if what was asked for is unknown or cannot serve the call.
   """
   if implementation is not None:
-    name = implementation.removesuffix(INTERPRET)
+    name = implementation.removesuffix(device.INTERPRET)
     if name not in IMPLEMENTATIONS:
       raise ValueError(
           f"vq: implementation={implementation!r}; expected one of "
@@ -240,7 +225,7 @@ def choose(call: Call, implementation: str | None = None) -> Choice:
     refusal = _refusal(name, call)
     if refusal:
       raise ValueError(f"vq: {name} cannot serve this: {refusal}")
-    return Choice(implementation, "asked for")
+    return device.Choice(implementation, "asked for")
   platform = device.platform(call.device_kind)
   reasons = [f"on {call.device_kind}"]
   for name in _PREFERENCES[platform]:
@@ -250,7 +235,7 @@ def choose(call: Call, implementation: str | None = None) -> Choice:
     if not refusal:
       break
     reasons.append(f"not {name}: {refusal}")
-  return Choice(name, "; ".join(reasons))
+  return device.Choice(name, "; ".join(reasons))
 
 
 def _refusal(name: str, call: Call) -> str:

@@ -329,18 +329,10 @@ class CLIP(nn.Module):
   def __call__(self, image: jax.Array, tokens: jax.Array) -> CLIPOutput:
     """Embeds a batch of pairs: f32[B, H, W, 3] and i32[B, L]."""
     return CLIPOutput(
-        normalize(self.encode_image(image).embed),
-        normalize(self.encode_text(tokens).embed),
+        norm.normalize(self.encode_image(image).embed),
+        norm.normalize(self.encode_text(tokens).embed),
         jnp.exp(self.logit_scale),
     )
-
-
-def normalize(x: jax.Array) -> jax.Array:
-  """Scales the rows of [..., E] to unit length, in float32."""
-  x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(
-      jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-12)
-  )
 
 
 # The temperature never scales logits by more than 100 (section 2.5): the
@@ -358,31 +350,20 @@ def contrast(
 ) -> tuple[dict[str, Term], dict[str, Any]]:
   """The symmetric InfoNCE loss over the global batch.
 
-  With `chunks` the towers run on a part of the rows at a time, forward and,
-  anew, backward, so that only embeddings are kept of the others: the gradient
-  stays exact and memory is that of one chunk (Gao et al. 2021, GradCache).
+  With `chunks` the towers run on a part of the rows at a time, see
+  `sharding.by_chunks`.
 
   Returns:
     The terms of `objectives.contrastive.info_nce`, and no mutables.
   """
   del context  # CLIP has no dropout.
 
-  def embed(rows: dict[str, jax.Array]) -> CLIPOutput:
-    return system.apply(variables, rows["image"], rows["tokens"])
-
   rows = {key: batch[key] for key in ("image", "tokens")}
-  if chunks > 1:
-    output = jax.lax.map(
-        jax.checkpoint(embed), sharding.split_rows(rows, chunks)
-    )
-    image, text = sharding.merge_rows((output.image, output.text))
-    output = CLIPOutput(image, text, output.scale[0])
-  else:
-    output = embed(rows)
-  return (
-      contrastive.info_nce(output.image, output.text, output.scale),
-      {},
+  (image, text), _ = sharding.by_chunks(
+      lambda rows: (system.apply(variables, **rows)[:2], ()), rows, chunks
   )
+  scale = jnp.exp(variables["params"]["logit_scale"])
+  return contrastive.info_nce(image, text, scale), {}
 
 
 def _from_hf(hf: Mapping[str, Any], names: Collection[str]) -> CLIP:

@@ -52,18 +52,6 @@ def _tower(
   return tower
 
 
-def _shared(tower: Mapping[str, Any]) -> dict[str, Any]:
-  """The attributes that both towers have."""
-  return dict(
-      width=tower["hidden_size"],
-      depth=tower["num_hidden_layers"],
-      heads=tower["num_attention_heads"],
-      mlp=tower["intermediate_size"],
-      activation=tower["hidden_act"],
-      epsilon=tower["layer_norm_eps"],
-  )
-
-
 def encoder_attributes(hf: Mapping[str, Any]) -> dict[str, Any]:
   """The arguments of `clip.encoder` that the `vision_config` of `hf` describes.
 
@@ -71,13 +59,11 @@ def encoder_attributes(hf: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: for patches that are not square, or of other than 3 channels.
   """
   vision = _tower(hf, "vision", _VISION)
-  image, patch = (layout.pair(vision[f"{k}_size"]) for k in ("image", "patch"))
-  if patch[0] != patch[1] or vision["num_channels"] != 3:
-    raise ValueError(
-        f"vision_config: patch_size is {patch} and num_channels "
-        f"{vision['num_channels']}; expected square patches of 3 channels"
-    )
-  return dict(image=image, patch=patch[0], **_shared(vision))
+  return dict(
+      image=layout.pair(vision["image_size"]),
+      patch=layout.square_patch(vision),
+      **layout.tower_attributes(vision),
+  )
 
 
 def vision_attributes(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,18 +81,7 @@ def text_attributes(hf: Mapping[str, Any]) -> dict[str, Any]:
       vocab=text["vocab_size"],
       length=text["max_position_embeddings"],
       eot=None if eos == _HIGHEST else eos,
-      **_shared(text),
-  )
-
-
-def _write(tower: Any) -> dict[str, Any]:
-  return dict(
-      hidden_size=tower.width,
-      num_hidden_layers=tower.depth,
-      num_attention_heads=tower.heads,
-      intermediate_size=tower.mlp,
-      hidden_act=tower.activation,
-      layer_norm_eps=tower.epsilon,
+      **layout.tower_attributes(text),
   )
 
 
@@ -125,7 +100,7 @@ def encoder_config(tower: Any) -> dict[str, Any]:
       image_size=tower.image[0],
       patch_size=tower.patch,
       num_channels=3,
-      **_write(tower),
+      **layout.tower_config(tower),
   )
 
 
@@ -145,7 +120,7 @@ def config_of(system: Any) -> dict[str, Any]:
           bos_token_id=None,  # Known to the tokenizer, not to the system.
           pad_token_id=None,
           projection_dim=text.embed,
-          **_write(text),
+          **layout.tower_config(text),
       ),
   )
 
@@ -169,21 +144,9 @@ def encoder_rules(source: str, target: str) -> list[Rule | layout.Ignore]:
           f"{embeddings}.position_embedding.weight", f"{target}position/table"
       ),
       *layout.affine(f"{source}pre_layrnorm", f"{target}stem_norm"),
-      *_blocks(source, target),
+      *layout.tower_block(source, target),
       layout.Ignore(rf"{re.escape(embeddings)}\.position_ids"),
   ]
-
-
-def _blocks(source: str, target: str) -> tuple[Rule, ...]:
-  return layout.block(
-      f"{source}encoder.layers.{{i}}",
-      f"{target}blocks[i]",
-      norms=("layer_norm1", "layer_norm2"),
-      attention=tuple(
-          f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")
-      ),
-      mlp=("mlp.fc1", "mlp.fc2"),
-  )
 
 
 def table(system: Any) -> Table:
@@ -195,7 +158,7 @@ def table(system: Any) -> Table:
       *layout.affine("vision_model.post_layernorm", "vision/norm"),
       Rule(f"{embeddings}.token_embedding.weight", "text/embed/embedding"),
       Rule(f"{embeddings}.position_embedding.weight", "text/position/table"),
-      *_blocks("text_model.", "text/"),
+      *layout.tower_block("text_model.", "text/"),
       *layout.affine("text_model.final_layer_norm", "text/norm"),
       Rule("visual_projection.weight", "vision/projection/kernel", LINEAR),
       Rule("text_projection.weight", "text/projection/kernel", LINEAR),

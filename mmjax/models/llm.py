@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mmjax import config
 from mmjax.models import llm_layout
-from mmjax.nn import attention, cache, linear, norm, rope, text, transformer
+from mmjax.nn import attention, cache, linear, norm, rope, transformer
 from mmjax.nn import mask as masks
 from mmjax.nn.cache import Cache
 from mmjax.nn.mask import Mask
@@ -58,7 +58,7 @@ def _opt(width: int, depth: int, heads: int, **rest: Any) -> dict[str, Any]:
   return dict(
       vocab=50_272, width=width, depth=depth, heads=heads, mlp=4 * width,
       length=2048,
-      position=dict(type="mmjax.nn.text:LearnedPositions", length=2048),
+      position=dict(type="mmjax.nn.position:LearnedPositions", length=2048),
       norms="layer", epsilon=1e-5, mlp_kind="plain", activation="relu",
       biases=BIASES, readout="tied",
   ) | rest  # fmt: skip
@@ -179,9 +179,7 @@ class Decoder(nn.Module):
     inits = transformer.BlockInit(
         up=init, down=init, mlp_bias=bias["mlp"]
     )
-    self.embed = text.Vocabulary(
-        self.vocab, self._table, self.std, self.dtype
-    )
+    self.embed = linear.Embed(self.vocab, self._table, init, self.dtype)
     if self._table != self.width:
       project = lambda features: linear.Linear(
           features, ("embed", None), init, None, self.dtype
@@ -218,7 +216,7 @@ class Decoder(nn.Module):
     if self.order == "pre":
       self.norm = make_norm()
     if self.readout == "own":
-      self.head = text.Head(self.vocab, self.std, self.dtype)
+      self.head = linear.Head(self.vocab, self.std, self.dtype)
 
   @property
   def _table(self) -> int:

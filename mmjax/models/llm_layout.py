@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from mmjax import config
-from mmjax.nn import linear, rope, text
+from mmjax.nn import linear, position, rope
 from mmjax.weights import layout
 from mmjax.weights.layout import Ignore, Rule, Table
 from mmjax.weights.transforms import LINEAR
@@ -161,7 +161,7 @@ def _read_opt(hf: Mapping[str, Any]) -> dict[str, Any]:
       heads=heads,
       mlp=hf["ffn_dim"],
       length=length,
-      position=text.LearnedPositions(length, std=std),
+      position=position.LearnedPositions(length, std=std),
       groups=heads,
       head_dim=width // heads,
       table=hf["word_embed_proj_dim"] or width,

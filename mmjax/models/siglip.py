@@ -1,6 +1,6 @@
 """SigLIP: a sigmoid for every pair of image and text (Zhai et al. 2023)."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax import config, sharding
-from mmjax.models import clip
 from mmjax.nn import linear, norm, pool, position, transformer
 from mmjax.nn import mask as masks
 from mmjax.nn.partitioning import declared
@@ -336,8 +335,8 @@ class SigLIP(nn.Module):
   def __call__(self, image: jax.Array, tokens: jax.Array) -> Pairs:
     """Embeds a batch of pairs: f32[B, H, W, 3] and i32[B, L]."""
     return Pairs(
-        clip.normalize(self.encode_image(image).embed),
-        clip.normalize(self.encode_text(tokens).embed),
+        norm.normalize(self.encode_image(image).embed),
+        norm.normalize(self.encode_text(tokens).embed),
         jnp.exp(self.logit_scale),
         self.logit_bias,
     )
@@ -354,7 +353,7 @@ def contrast(
   """The sigmoid loss over all pairs of the global batch.
 
   With `chunks` the towers run on a part of the rows at a time, see
-  `by_chunks`.
+  `sharding.by_chunks`.
 
   Returns:
     The terms of `objectives.sigmoid.pairs`, and no mutables.
@@ -368,7 +367,7 @@ def contrast_rows(
     system: Any, variables: Any, rows: dict[str, jax.Array], chunks: int
 ) -> dict[str, Term]:
   """The loss of a system that makes `Pairs` of rows, [B, ...] by name."""
-  (image, text), _ = by_chunks(
+  (image, text), _ = sharding.by_chunks(
       lambda rows: (system.apply(variables, **rows)[:2], ()), rows, chunks
   )
   return sigmoid.pairs(image, text, *logits_of(variables))
@@ -378,30 +377,6 @@ def logits_of(variables: Any) -> tuple[jax.Array, jax.Array]:
   """The inverse temperature and the bias among the variables of a system."""
   params = variables["params"]
   return jnp.exp(params["logit_scale"]), params["logit_bias"]
-
-
-def by_chunks(
-    function: Callable[[Any], tuple[Any, Any]], rows: Any, chunks: int
-) -> tuple[Any, Any]:
-  """`function` of all rows, a part at a time, forward and, anew, backward.
-
-  Only what it returns is kept of the other parts: the gradient stays exact and
-  memory is that of one chunk (Gao et al. 2021, GradCache).
-
-  Args:
-    function: maps a tree of [b, ...] to a tree of [b, ...], row by row, and a
-      tree of sums over rows.
-    rows: a tree of [B, ...].
-    chunks: how many parts, a divisor of B; 1 calls the function as it is.
-  """
-  if chunks == 1:
-    return function(rows)
-  parts = sharding.split_rows(rows, chunks)
-  found, sums = jax.lax.map(jax.checkpoint(function), parts)
-  return (
-      sharding.merge_rows(found),
-      jax.tree.map(lambda part: part.sum(axis=0), sums),
-  )
 
 
 # Where a config.json is silent, transformers takes these (`SiglipTextConfig`,
@@ -418,42 +393,23 @@ _TEXT = dict(vocab_size=32_000, max_position_embeddings=64)
 _VISION = dict(num_channels=3, patch_size=16)
 
 
-def tower_from_hf(
+def _tower(
     hf: Mapping[str, Any], kind: str, defaults: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """One tower's config, and the attributes that all towers have."""
+) -> dict[str, Any]:
+  """The config of one tower, defaults included."""
   tower = {**_TOWER, **defaults, **(hf.get(f"{kind}_config") or {})}
   config.pick(linear.ACTIVATIONS, tower["hidden_act"], f"{kind} hidden_act")
-  return tower, dict(
-      width=tower["hidden_size"],
-      depth=tower["num_hidden_layers"],
-      heads=tower["num_attention_heads"],
-      mlp=tower["intermediate_size"],
-      activation=tower["hidden_act"],
-      epsilon=tower["layer_norm_eps"],
-  )
-
-
-def tower_to_hf(tower: Any) -> dict[str, Any]:
-  """The inverse of `tower_from_hf` for the attributes that all towers have."""
-  return dict(
-      hidden_size=tower.width,
-      num_hidden_layers=tower.depth,
-      num_attention_heads=tower.heads,
-      intermediate_size=tower.mlp,
-      hidden_act=tower.activation,
-      layer_norm_eps=tower.epsilon,
-  )
+  return tower
 
 
 def text_from_hf(hf: Mapping[str, Any]) -> TextTower:
   """The text tower of a config.json."""
-  text, shared = tower_from_hf(hf, "text", _TEXT)
+  text = _tower(hf, "text", _TEXT)
   return TextTower(
       embed=text.get("projection_size") or text["hidden_size"],
       vocab=text["vocab_size"],
       length=text["max_position_embeddings"],
-      **shared,
+      **layout.tower_attributes(text),
   )
 
 
@@ -463,7 +419,7 @@ def text_to_hf(text: TextTower) -> dict[str, Any]:
       vocab_size=text.vocab,
       max_position_embeddings=text.length,
       projection_size=text.embed,
-      **tower_to_hf(text),
+      **layout.tower_config(text),
   )
 
 
@@ -475,19 +431,16 @@ def vision_from_hf(
   Raises:
     ValueError: for oblong patches, or images that are not of three channels.
   """
-  vision, shared = tower_from_hf(hf, "vision", _VISION | defaults)
-  patch = layout.pair(vision["patch_size"])
-  if patch[0] != patch[1] or vision["num_channels"] != 3:
-    raise ValueError(
-        f"vision_config: patch_size is {patch} and num_channels "
-        f"{vision['num_channels']}; expected square patches of 3 channels"
-    )
-  return vision, dict(patch=patch[0], **shared)
+  vision = _tower(hf, "vision", _VISION | defaults)
+  shared = layout.tower_attributes(vision)
+  return vision, dict(patch=layout.square_patch(vision), **shared)
 
 
 def vision_to_hf(vision: Any) -> dict[str, Any]:
   """The inverse of `vision_from_hf`."""
-  return dict(patch_size=vision.patch, num_channels=3, **tower_to_hf(vision))
+  return dict(
+      patch_size=vision.patch, num_channels=3, **layout.tower_config(vision)
+  )
 
 
 def _from_hf(hf: Mapping[str, Any], names: Collection[str]) -> SigLIP:
@@ -548,15 +501,7 @@ def shared_table() -> list[Rule | layout.Ignore]:
       layout.Ignore(r"(text|vision)_model\.embeddings\.position_ids"),
   ]  # fmt: skip
   for tower, stack in (("vision", "vision/encoder"), ("text", "text")):
-    rules += layout.block(
-        f"{tower}_model.encoder.layers.{{i}}",
-        f"{stack}/blocks[i]",
-        norms=("layer_norm1", "layer_norm2"),
-        attention=tuple(
-            f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")
-        ),
-        mlp=("mlp.fc1", "mlp.fc2"),
-    )
+    rules += layout.tower_block(f"{tower}_model.", f"{stack}/")
   return rules
 
 

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.models import clip, siglip
+from mmjax.models import siglip
 from mmjax.models.siglip import Features, Pairs
 from mmjax.nn import linear, norm, position
 from mmjax.nn import mask as masks
@@ -126,8 +126,8 @@ class NaFlex(nn.Module):
   ) -> Pairs:
     """Embeds pairs: f32[B, N, P * P * 3] with i32[B, 2], and i32[B, L]."""
     return Pairs(
-        clip.normalize(self.encode_image(patches, grid).embed),
-        clip.normalize(self.encode_text(tokens).embed),
+        norm.normalize(self.encode_image(patches, grid).embed),
+        norm.normalize(self.encode_text(tokens).embed),
         jnp.exp(self.logit_scale),
         self.logit_bias,
     )

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import sharding
-from mmjax.models import clip, siglip
+from mmjax.models import siglip
 from mmjax.models.siglip import Features, Pairs
-from mmjax.nn import cross, linear, norm, position, transformer, views
+from mmjax.nn import linear, norm, position, transformer, views
 from mmjax.nn import mask as masks
 from mmjax.nn.partitioning import declared
 from mmjax.objectives import classification, distillation, sigmoid
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         self.width, length
     )
     order = jnp.where(parallel[:, None], 0, jnp.arange(length))
-    blocks = transformer.stacked(cross.CrossBlock, self.depth, self.remat)
+    blocks = transformer.stacked(transformer.CrossBlock, self.depth, self.remat)
     x, _ = blocks(
         heads=self.heads,
         mlp=self.mlp,
@@ -190,8 +190,8 @@ class Projector(nn.Module):
         jnp.float32,
     )
     return jnp.matmul(
-        clip.normalize(x).astype(self.dtype),
-        clip.normalize(table).astype(self.dtype).T,
+        norm.normalize(x).astype(self.dtype),
+        norm.normalize(table).astype(self.dtype).T,
         preferred_element_type=jnp.float32,
     )
 
@@ -273,8 +273,8 @@ class SigLIP2(nn.Module):
     self.words(self.decode(tokens, jnp.zeros(len(tokens), bool), seen.tokens))
     self.project_image(seen.embed), self.project_patches(seen.tokens)
     return Pairs(
-        clip.normalize(seen.embed),
-        clip.normalize(text.embed),
+        norm.normalize(seen.embed),
+        norm.normalize(text.embed),
         jnp.exp(self.logit_scale),
         self.logit_bias,
     )
@@ -354,10 +354,10 @@ def train(
         learn, rows
     ))  # fmt: skip
     sums = jax.lax.cond(begun, learn, zeros, rows)
-    pair = clip.normalize(seen.embed), clip.normalize(text.embed)
+    pair = norm.normalize(seen.embed), norm.normalize(text.embed)
     return pair, sums | {"caption": caption}
 
-  (image, text), sums = siglip.by_chunks(part, rows, chunks)
+  (image, text), sums = sharding.by_chunks(part, rows, chunks)
   said = (rows["tokens"] != pad).sum().astype(jnp.float32)
   images = jnp.float32(count)
   terms = sigmoid.pairs(image, text, *siglip.logits_of(variables)) | {

@@ -137,6 +137,7 @@ def cached_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
   """Attention of new tokens to a layer of a cache, over the ambient mesh.
 
@@ -147,6 +148,8 @@ def cached_attention(
     mask: of T queries and S keys, see `Cache.mask`.
     scale: factor on the dot products, usually D ** -0.5.
     softcap: see `flash_attention`.
+    bias: [B or 1, H or 1, T, S], see there; with one the layer is copied out,
+      however few the tokens.
 
   Returns:
     [B, T, H, D] in the dtype of q.
@@ -154,14 +157,16 @@ def cached_attention(
   Raises:
     ValueError: for arguments that do not fit together.
   """
-  if q.shape[1] > _FEW:
+  if q.shape[1] > _FEW or bias is not None:
     k, v = (
         jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
         .swapaxes(1, 2)
         .astype(q.dtype)
         for x in (cache.k, cache.v)
     )
-    return dot_product_attention(q, k, v, mask, scale=scale, softcap=softcap)
+    return dot_product_attention(
+        q, k, v, mask, scale=scale, softcap=softcap, bias=bias
+    )
 
   def run(q, k, v, layer, mask):  # noqa: ANN001, ANN202
     return decode.decode_attention(
@@ -191,7 +196,7 @@ def cached_attention(
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention (Vaswani et al. 2017, section 3.2).
+  """Multi-head attention (Vaswani et al. 2017, section 3.2).
 
   Attributes:
     heads: number of heads; they share the width evenly.
@@ -208,8 +213,15 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-    """Maps [B, L, D] to [B, L, D].
+  def __call__(
+      self, x: jax.Array, mask: Mask, seen: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps [B, Q, D] to [B, Q, D].
+
+    Args:
+      x: gives the queries.
+      mask: of Q queries and K keys.
+      seen: [B, K, C], gives keys and values; by default `x` itself.
 
     Raises:
       ValueError: if the heads do not divide the width.
@@ -219,7 +231,7 @@ class Attention(nn.Module):
       raise ValueError(f"width {width} is not divisible by {self.heads} heads")
     head_dim = width // self.heads
 
-    def project(name: str) -> jax.Array:
+    def project(name: str, source: jax.Array) -> jax.Array:
       y = linear.Linear(
           (self.heads, head_dim),
           linear.EMBED_TO_HEADS,
@@ -227,10 +239,12 @@ class Attention(nn.Module):
           self.qkv_bias_init,
           self.dtype,
           name=name,
-      )(x)
+      )(source)
       return sharding.constrain(y, "batch", "length", "heads", None)
 
-    q, k, v = project("query"), project("key"), project("value")
+    seen = x if seen is None else seen
+    q = project("query", x)
+    k, v = project("key", seen), project("value", seen)
     y = dot_product_attention(q, k, v, mask, scale=head_dim**-0.5)
     return linear.Linear(
         width,
@@ -255,6 +269,8 @@ class CachedAttention(nn.Module):
     qkv_bias_init: of the query, key and value biases; None for no biases.
     out_bias_init: of the output bias; None for no bias.
     dtype: of the computation.
+    scale: factor on the dot products; head_dim ** -0.5 by default.
+    query_init: of the query kernel where it is not `qkv_init`.
   """
 
   heads: int
@@ -265,6 +281,8 @@ class CachedAttention(nn.Module):
   qkv_bias_init: Initializer | None = None
   out_bias_init: Initializer | None = None
   dtype: Any = jnp.float32
+  scale: float | None = None
+  query_init: Initializer | None = None
 
   @nn.compact
   def __call__(
@@ -274,6 +292,7 @@ class CachedAttention(nn.Module):
       rotation: Rotation | None = None,
       cache: Cache | None = None,
       layer: jax.Array | int = 0,
+      bias: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Maps [B, T, D] to [B, T, D] and the cache to one that holds x too.
 
@@ -283,6 +302,7 @@ class CachedAttention(nn.Module):
       rotation: turns queries and keys; None for models without.
       cache: what came before; None attends to x alone.
       layer: i32[], which layer of the cache this is.
+      bias: on the scores, see `dot_product_attention`; None for models without.
 
     Raises:
       ValueError: if the groups do not divide the heads.
@@ -292,27 +312,105 @@ class CachedAttention(nn.Module):
           f"{self.heads} heads are not divisible by {self.groups} groups"
       )
 
-    def project(name: str, heads: int) -> jax.Array:
+    def project(name: str, heads: int, init: Initializer) -> jax.Array:
       y = linear.Linear(
           (heads, self.head_dim),
           linear.EMBED_TO_HEADS,
-          self.qkv_init,
+          init,
           self.qkv_bias_init,
           self.dtype,
           name=name,
       )(x)
       return sharding.constrain(y, "batch", "length", "heads", None)
 
-    q = project("query", self.heads)
-    k, v = (project(name, self.groups) for name in ("key", "value"))
+    q = project("query", self.heads, self.query_init or self.qkv_init)
+    k, v = (
+        project(name, self.groups, self.qkv_init) for name in ("key", "value")
+    )
     if rotation is not None:
       q, k = rotation(q), rotation(k)
-    scale = self.head_dim**-0.5
+    scale = self.head_dim**-0.5 if self.scale is None else self.scale
     if cache is None:
-      y = dot_product_attention(q, k, v, mask, scale=scale)
+      y = dot_product_attention(q, k, v, mask, scale=scale, bias=bias)
     else:
       cache = cache.write(layer, k, v)
+      y = cached_attention(q, cache, layer, mask, scale=scale, bias=bias)
+    y = linear.Linear(
+        x.shape[-1],
+        linear.HEADS_TO_EMBED,
+        self.out_init,
+        self.out_bias_init,
+        self.dtype,
+        name="out",
+    )(y)
+    return y, cache
+
+
+class CachedCrossAttention(nn.Module):
+  """Attention to another sequence, whose keys and values are made once.
+
+  Attributes:
+    heads: number H of heads.
+    head_dim: width of a head; H of them need not make the width of the model.
+    qkv_init: of the query, key and value kernels.
+    out_init: of the output kernel.
+    qkv_bias_init: of the query, key and value biases; None for no biases.
+    out_bias_init: of the output bias; None for no bias.
+    dtype: of the computation.
+    scale: factor on the dot products; head_dim ** -0.5 by default.
+    query_init: of the query kernel where it is not `qkv_init`.
+  """
+
+  heads: int
+  head_dim: int
+  qkv_init: Initializer
+  out_init: Initializer
+  qkv_bias_init: Initializer | None = None
+  out_bias_init: Initializer | None = None
+  dtype: Any = jnp.float32
+  scale: float | None = None
+  query_init: Initializer | None = None
+
+  @nn.compact
+  def __call__(
+      self,
+      x: jax.Array,
+      mask: Mask,
+      seen: jax.Array | None = None,
+      cache: Cache | None = None,
+      layer: jax.Array | int = 0,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Maps [B, T, D] to [B, T, D] and the cache to one that knows `seen`.
+
+    Args:
+      x: gives the queries.
+      mask: of T queries and the K tokens of `seen`, or, without it, the slots
+        of the cache.
+      seen: [B, K, C], the other sequence; None where the cache has it already.
+      cache: what earlier calls saw; None to see `seen` and forget it.
+      layer: i32[], which layer of the cache this is.
+    """
+
+    def project(name: str, source: jax.Array, init: Initializer) -> jax.Array:
+      y = linear.Linear(
+          (self.heads, self.head_dim),
+          linear.EMBED_TO_HEADS,
+          init,
+          self.qkv_bias_init,
+          self.dtype,
+          name=name,
+      )(source)
+      return sharding.constrain(y, "batch", "length", "heads", None)
+
+    q = project("query", x, self.query_init or self.qkv_init)
+    scale = self.head_dim**-0.5 if self.scale is None else self.scale
+    if seen is None:
       y = cached_attention(q, cache, layer, mask, scale=scale)
+    else:
+      k, v = (project(name, seen, self.qkv_init) for name in ("key", "value"))
+      y = dot_product_attention(q, k, v, mask, scale=scale)
+      if cache is not None:
+        cache = cache.write(layer, k, v)
     y = linear.Linear(
         x.shape[-1],
         linear.HEADS_TO_EMBED,

@@ -6,7 +6,7 @@ what a row adds beyond its own count is overwritten by its next tokens and seen
 by none of them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -71,11 +71,38 @@ class Cache:
     return self.replace(length=self.length + jnp.asarray(count, jnp.int32))
 
 
-def reordered(cache: Cache, index: jax.Array) -> Cache:
-  """The rows `index`, i32[B'], of a cache of B rows: what beam search needs."""
-  return Cache(
+class CrossCache(NamedTuple):
+  """What a decoder remembers that also looks at another sequence.
+
+  Attributes:
+    own: keys and values of its own tokens.
+    seen: those of the other sequence, written once; a row sees `length` slots.
+  """
+
+  own: Cache
+  seen: Cache
+
+  def seen_mask(self, count: int) -> Mask:
+    """`count` tokens see all of the other sequence."""
+    slots = jnp.arange(self.seen.slots)
+    return masks.padded(
+        masks.full(count, self.seen.slots),
+        slots < self.seen.length[:, None],
+    )
+
+
+def reordered(state: Any, index: jax.Array) -> Any:
+  """The rows `index`, i32[B'], of caches of B rows: what beam search needs.
+
+  Args:
+    state: a cache, or any tree of caches.
+    index: which rows, any number of them.
+  """
+  pick = lambda cache: Cache(
       cache.k[:, index], cache.v[:, index], cache.length[index]
   )
+  is_cache = lambda node: isinstance(node, Cache)
+  return jax.tree.map(pick, state, is_leaf=is_cache)
 
 
 def empty(

@@ -172,7 +172,7 @@ class PatchEmbed(nn.Module):
 
 
 class Embed(nn.Module):
-  """A table of one vector per token id.
+  """One vector per token id, to read it and, where tied, to write it.
 
   Attributes:
     vocab: number of rows V.
@@ -186,13 +186,53 @@ class Embed(nn.Module):
   table_init: Initializer = normal(0.02)
   dtype: Any = jnp.float32
 
-  @nn.compact
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Maps i32[...] to [..., D]."""
-    table = self.param(
+  def setup(self) -> None:
+    """Declares the table."""
+    self.embedding = self.param(
         "embedding",
         declared(self.table_init, "vocab", "embed"),
         (self.vocab, self.features),
         jnp.float32,
     )
-    return jnp.take(table.astype(self.dtype), tokens, axis=0)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps i32[...] to [..., D]."""
+    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Maps [B, L, D] to f32[B, L, V]."""
+    return _logits(hidden, self.embedding.T, self.dtype)
+
+
+class Head(nn.Module):
+  """Scores of all tokens, with a matrix of its own.
+
+  Attributes:
+    vocab: number of tokens V.
+    std: of the matrix at its initialisation.
+    dtype: of the factors; the scores are float32.
+  """
+
+  vocab: int
+  std: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    """Maps [B, L, E] to f32[B, L, V]."""
+    kernel = self.param(
+        "kernel",
+        declared(normal(self.std), *EMBED_TO_VOCAB),
+        (hidden.shape[-1], self.vocab),
+        jnp.float32,
+    )
+    return _logits(hidden, kernel, self.dtype)
+
+
+def _logits(hidden: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+  found = jnp.matmul(
+      hidden.astype(dtype),
+      kernel.astype(dtype),
+      preferred_element_type=jnp.float32,
+  )
+  return sharding.constrain(found, "batch", "length", "vocab")

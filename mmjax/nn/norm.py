@@ -77,3 +77,11 @@ def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   x = x.astype(jnp.float32)
   square = jnp.square(x).mean(axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(square + epsilon) * scale
+
+
+def normalize(x: jax.Array) -> jax.Array:
+  """Scales the rows of [..., E] to unit length, in float32."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(
+      jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-12)
+  )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.nn import linear, transformer
-from mmjax.nn.cross import CrossAttention
+from mmjax.nn.attention import Attention
 from mmjax.nn.mask import Mask
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.partitioning import declared
@@ -53,13 +53,13 @@ class AttentionPool(nn.Module):
         "probe", declared(_probe_init, "embed"), (width,), jnp.float32
     )
     query = jnp.broadcast_to(probe.astype(self.dtype), (len(x), 1, width))
-    y = CrossAttention(
+    y = Attention(
         self.heads,
         self.inits.qkv,
         self.inits.out,
-        self.dtype,
+        dtype=self.dtype,
         name="attention",
-    )(query, x, mask)
+    )(query, mask, x)
     z = LayerNorm(self.epsilon, self.dtype, name="norm")(y)
     y += transformer.Mlp(
         self.mlp, self.activation, self.inits, dtype=self.dtype, name="mlp"

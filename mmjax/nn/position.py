@@ -203,3 +203,29 @@ class FlexPositions(nn.Module):
         triangle_weights(slot % columns, columns, self.grid[1]),
     )
     return weights.reshape(*slot.shape, -1) @ table
+
+
+class LearnedPositions(nn.Module):
+  """A table of positions, of which the first rows belong to padding (OPT).
+
+  Attributes:
+    length: number of positions.
+    offset: the row of position 0.
+    std: of the table at its initialisation.
+  """
+
+  length: int
+  offset: int = 2
+  std: float = 0.02
+
+  @nn.compact
+  def __call__(self, position: jax.Array, features: int) -> jax.Array:
+    """The rows f32[B or 1, L, features] of i32[B or 1, L]."""
+    table = self.param(
+        "table",
+        declared(nn.initializers.normal(self.std), "position", "embed"),
+        (self.length + self.offset, features),
+        jnp.float32,
+    )
+    # Padding behind the end of the table is to be finite, whatever it is.
+    return jnp.take(table, position + self.offset, axis=0, mode="clip")

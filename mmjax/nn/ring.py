@@ -19,6 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax import sharding
 from mmjax.kernels import flash_attention as flash
 from mmjax.kernels.intervals import Mask
 
@@ -81,7 +82,7 @@ def ring_attention(
 
   def step(carry: Any, unused: None) -> tuple[Any, None]:
     travelling, out, lse = carry
-    coming = _pass_on(travelling, axis)  # While this device computes.
+    coming = sharding.pass_on(travelling, axis)  # While this device computes.
     return (coming, *_merge(out, lse, *_visit(travelling))), None
 
   def _visit(travelling: Arrays) -> Arrays:
@@ -114,13 +115,13 @@ def _backward(axis, implementation, scale, softcap, saved, cotangents):  # noqa:
 
   def step(carry: Any, unused: None) -> tuple[Any, None]:
     (k, v, first, last), dk, dv, dq = carry
-    coming = _pass_on((k, v, first, last), axis)
+    coming = sharding.pass_on((k, v, first, last), axis)
     more_q, more_k, more_v, _ = flash.backward(
         q, k, v, _of_part(mask, first, last), None, lse, delta, dout,
         implementation=implementation, scale=scale, softcap=softcap,
     )
     # Gradients travel with their keys, and are home after a whole round.
-    dk, dv = _pass_on((dk + more_k, dv + more_v), axis)
+    dk, dv = sharding.pass_on((dk + more_k, dv + more_v), axis)
     return (coming, dk, dv, dq + more_q), None
 
   zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
@@ -130,13 +131,6 @@ def _backward(axis, implementation, scale, softcap, saved, cotangents):  # noqa:
 
 
 ring_attention.defvjp(_forward, _backward)
-
-
-def _pass_on(arrays: Arrays, axis: str) -> Arrays:
-  """Gives arrays to the next device of the ring, and takes the last one's."""
-  count = lax.axis_size(axis)
-  pairs = [(i, (i + 1) % count) for i in range(count)]
-  return lax.ppermute(arrays, axis, pairs)
 
 
 def _of_part(mask: Mask, first: jax.Array, last: jax.Array) -> Mask:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mmjax import config, sharding
 from mmjax.nn import linear
 from mmjax.nn.attention import Attention
-from mmjax.nn.cache import Cache
+from mmjax.nn.cache import Cache, CrossCache
 from mmjax.nn.mask import Mask
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.partitioning import Initializer
@@ -174,6 +174,64 @@ class Block(nn.Module):
     return x + y, None
 
 
+class CrossBlock(nn.Module):
+  """A pre-norm block that also looks at another sequence.
+
+  The decoder layer of Vaswani et al. 2017 (section 3.1), with norms before its
+  parts.
+
+  Attributes:
+    heads: attention heads, of both attentions.
+    mlp: hidden width of the MLP.
+    activation: name in `linear.ACTIVATIONS`.
+    epsilon: of the layer norms.
+    inits: initializers.
+    dtype: of the computation; the residual stream has it too.
+  """
+
+  heads: int
+  mlp: int
+  activation: str
+  epsilon: float
+  inits: BlockInit = BlockInit()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+      self, x: jax.Array, mask: Mask, seen: jax.Array, seen_mask: Mask
+  ) -> tuple[jax.Array, None]:
+    """Maps [B, L, D] to [B, L, D]; the None is what `nn.scan` stacks.
+
+    Args:
+      x: [B, L, D].
+      mask: of L queries and L keys.
+      seen: [B, K, C], the other sequence.
+      seen_mask: of L queries and K keys.
+    """
+    x = sharding.constrain(x, "batch", "length", None)
+    y = LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
+    x += Attention(
+        self.heads,
+        self.inits.qkv,
+        self.inits.out,
+        dtype=self.dtype,
+        name="attention",
+    )(y, mask)
+    y = LayerNorm(self.epsilon, self.dtype, name="cross_norm")(x)
+    x += Attention(
+        self.heads,
+        self.inits.qkv,
+        self.inits.out,
+        dtype=self.dtype,
+        name="cross",
+    )(y, seen_mask, seen)
+    y = LayerNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
+    y = Mlp(
+        self.mlp, self.activation, self.inits, dtype=self.dtype, name="mlp"
+    )(y)
+    return x + y, None
+
+
 # Where the norms of a `CachedBlock` stand: before its two halves, or after the
 # sums (the original transformer; OPT-350m).
 ORDERS = ("pre", "post")
@@ -200,7 +258,8 @@ class CachedBlock(nn.Module):
       carry: tuple[jax.Array, Cache | None],
       layer: jax.Array | int,
       mask: Mask,
-      rotation: Rotation | None,
+      rotation: Rotation | None = None,
+      bias: jax.Array | None = None,
   ) -> tuple[tuple[jax.Array, Cache | None], None]:
     """One layer, in the form that `nn.scan` wants.
 
@@ -209,6 +268,7 @@ class CachedBlock(nn.Module):
       layer: i32[], the number of this layer.
       mask: see `CachedAttention`.
       rotation: likewise.
+      bias: likewise.
 
     Returns:
       The new carry, and the None that `nn.scan` stacks.
@@ -218,13 +278,66 @@ class CachedBlock(nn.Module):
     pre = self.order == "pre"
     norm = self.norm(name="attention_norm")
     y, cache = self.attention(name="attention")(
-        norm(x) if pre else x, mask, rotation, cache, layer
+        norm(x) if pre else x, mask, rotation, cache, layer, bias
     )
     x = x + y if pre else norm(x + y)
     norm = self.norm(name="mlp_norm")
     y = self.mlp(name="mlp")(norm(x) if pre else x)
     x = x + y if pre else norm(x + y)
     return (x, cache), None
+
+
+class CachedCrossBlock(nn.Module):
+  """A pre-norm block with a memory that also looks at another sequence.
+
+  Attributes:
+    attention: makes the self-attention, see `attention.CachedAttention`.
+    cross: makes the other one, see `attention.CachedCrossAttention`.
+    mlp: makes the MLP.
+    norm: makes each of the three norms.
+  """
+
+  attention: Callable[..., nn.Module]
+  cross: Callable[..., nn.Module]
+  mlp: Callable[..., nn.Module]
+  norm: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(
+      self,
+      carry: tuple[jax.Array, CrossCache | None],
+      layer: jax.Array | int,
+      mask: Mask,
+      seen_mask: Mask,
+      seen: jax.Array | None = None,
+      bias: jax.Array | None = None,
+  ) -> tuple[tuple[jax.Array, CrossCache | None], None]:
+    """One layer, in the form that `nn.scan` wants.
+
+    Args:
+      carry: [B, T, D] and the cache of all layers, None for none.
+      layer: i32[], the number of this layer.
+      mask: of the self-attention.
+      seen_mask: of the other one.
+      seen: [B, K, C], the other sequence; None where the cache has it already.
+      bias: on the scores of the self-attention.
+
+    Returns:
+      The new carry, and the None that `nn.scan` stacks.
+    """
+    x, cache = carry
+    own, other = (None, None) if cache is None else (cache.own, cache.seen)
+    x = sharding.constrain(x, "batch", "length", None)
+    y, own = self.attention(name="attention")(
+        self.norm(name="attention_norm")(x), mask, None, own, layer, bias
+    )
+    x = x + y
+    y, other = self.cross(name="cross")(
+        self.norm(name="cross_norm")(x), seen_mask, seen, other, layer
+    )
+    x = x + y
+    x = x + self.mlp(name="mlp")(self.norm(name="mlp_norm")(x))
+    return (x, None if cache is None else CrossCache(own, other)), None
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:

@@ -127,7 +127,7 @@ def _on_device(
   """
   left, right = left.astype(jnp.float32), right.astype(jnp.float32)
   turns = lax.axis_size(axes) if axes else 1
-  pass_on = lambda x: _pass_on(x, axes) if axes else x
+  pass_on = lambda x: sharding.pass_on(x, axes) if axes else x
 
   def visit(carry: Any, turn: jax.Array) -> tuple[Any, None]:
     texts, d_texts, sums = carry
@@ -201,9 +201,3 @@ def _parts(rows: int, columns: int) -> int:
   """The fewest equal parts of `rows` that hold at most `columns` each."""
   least = -(-rows // columns)
   return next(n for n in range(least, rows + 1) if not rows % n)
-
-
-def _pass_on(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """Gives an array to the next device of the ring, and takes the last one's."""
-  count = lax.axis_size(axes)
-  return lax.ppermute(x, axes, [(i, (i + 1) % count) for i in range(count)])

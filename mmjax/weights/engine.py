@@ -6,7 +6,13 @@ that the other side must hold; so a checkpoint is judged by its headers, before
 anything is allocated.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 import dataclasses
 import functools
 import re
@@ -71,6 +77,7 @@ def load(
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: Any = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
   """Reads a checkpoint into our leaves, one leaf at a time.
 
@@ -82,9 +89,10 @@ def load(
     abstract: path -> anything with the leaf's `shape` and `dtype`.
     shardings: path -> sharding; the default device without them.
     dtype: of the floating leaves; their own in `abstract` by default.
+    only: the paths to read; the others are checked, and need no sharding.
 
   Returns:
-    path -> array, with the paths of `abstract`.
+    path -> array, with the paths of `abstract`, or of `only`.
 
   Raises:
     ValueError: naming every missing, unexpected, misshaped and doubly given
@@ -93,7 +101,8 @@ def load(
   """
   chosen = match(source, table, abstract)
   leaves = {}
-  for path, leaf in abstract.items():
+  for path in abstract if only is None else only:
+    leaf = abstract[path]
     shape, target = tuple(leaf.shape), _kept(leaf, dtype)
     read = functools.partial(
         _read_block, source, chosen[path], path, shape, target

@@ -134,6 +134,55 @@ def block(
   )
 
 
+def tower_block(source: str, target: str) -> tuple[Rule, ...]:
+  """The blocks of transformers' CLIP and SigLIP; ends in a dot, and a slash."""
+  return block(
+      f"{source}encoder.layers.{{i}}",
+      f"{target}blocks[i]",
+      norms=("layer_norm1", "layer_norm2"),
+      attention=tuple(
+          f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")
+      ),
+      mlp=("mlp.fc1", "mlp.fc2"),
+  )
+
+
+# What the towers of transformers' CLIP and SigLIP call their attributes.
+_TOWER = dict(
+    width="hidden_size",
+    depth="num_hidden_layers",
+    heads="num_attention_heads",
+    mlp="intermediate_size",
+    activation="hidden_act",
+    epsilon="layer_norm_eps",
+)
+
+
+def tower_attributes(hf: Mapping[str, Any]) -> dict[str, Any]:
+  """The attributes of a tower, from its part of a config.json."""
+  return {ours: hf[theirs] for ours, theirs in _TOWER.items()}
+
+
+def tower_config(tower: Any) -> dict[str, Any]:
+  """The inverse of `tower_attributes`."""
+  return {theirs: getattr(tower, ours) for ours, theirs in _TOWER.items()}
+
+
+def square_patch(hf: Mapping[str, Any]) -> int:
+  """The side of the patches of a `vision_config`.
+
+  Raises:
+    ValueError: for oblong patches, or images that are not of three channels.
+  """
+  patch = pair(hf["patch_size"])
+  if patch[0] != patch[1] or hf["num_channels"] != 3:
+    raise ValueError(
+        f"vision_config: patch_size is {patch} and num_channels "
+        f"{hf['num_channels']}; expected square patches of 3 channels"
+    )
+  return patch[0]
+
+
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
   """(height, width) of a size that a config.json may give as one number."""
   height, width = (size, size) if isinstance(size, int) else size

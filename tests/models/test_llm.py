@@ -12,7 +12,7 @@ import pytest
 from mmjax import config, pretrained, sharding
 from mmjax.models import llm
 from mmjax.nn import mask as masks
-from mmjax.nn import partitioning, rope, text
+from mmjax.nn import partitioning, position, rope
 from mmjax.weights import safetensors_file, source
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -62,11 +62,11 @@ FAMILIES = {
         **SMALL, position=rope.Rope(1e5, "interleaved"), epsilon=1e-8
     ),
     "opt": llm.Decoder(
-        **SMALL, position=text.LearnedPositions(64), norms="layer",
+        **SMALL, position=position.LearnedPositions(64), norms="layer",
         mlp_kind="plain", activation="relu", biases=llm.BIASES, readout="tied",
     ),
     "opt_post": llm.Decoder(
-        **SMALL, position=text.LearnedPositions(64), norms="layer",
+        **SMALL, position=position.LearnedPositions(64), norms="layer",
         mlp_kind="plain", activation="relu", biases=llm.BIASES, readout="tied",
         order="post", table=16,
     ),

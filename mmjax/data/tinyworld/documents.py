@@ -12,7 +12,7 @@ import numpy as np
 from mmjax.data.batch import Example
 from mmjax.data.templates import IMAGE, Turn
 from mmjax.data.tinyworld import digits, tasks, text
-from mmjax.data.tinyworld.digits import Dice, Split
+from mmjax.data.tinyworld.digits import Split
 from mmjax.data.tinyworld.text import Look
 
 # Words that mean nothing until an episode says what.
@@ -110,7 +110,7 @@ class InterleavedDocuments:
     step = dice.choose((1, -1))
     positions, looks, captions = [first], [], []
     for number in range(self.shown):
-      own = _dice(self._deck, index, "picture", number)
+      own = self._deck.dice(index, "picture", number)
       digit = (hand.labels[first] + step * number) % 10
       if number:
         positions.append(own.choose(hand.of_digit[digit]))
@@ -213,12 +213,12 @@ class FewShot:
     words = {digit: WORDS[n] for digit, n in zip(named, drawn, strict=True)}
     positions, looks = [], []
     for number in range(self.shown):
-      own = _dice(self._deck, index, "picture", number)
+      own = self._deck.dice(index, "picture", number)
       if number == self.shown - 1:
         positions.append(question)
       else:
         cycle, place = divmod(number, self._ways)
-        turn = _dice(self._deck, index, "order", cycle)
+        turn = self._deck.dice(index, "order", cycle)
         digit = named[turn.sample(self._ways, self._ways)[place]]
         # The question must not be among its own examples.
         scans = [p for p in hand.of_digit[digit] if p != question]
@@ -331,11 +331,6 @@ def dialogue_retrieval_set(
   return RetrievalDialogues(split, size, seed=seed, looks=looks)
 
 
-def _dice(deck: tasks.Deck, index: int, *use: str | int) -> Dice:
-  """Dice for one use within an example: one set would run out."""
-  return Dice(deck.task, deck.split, deck.seed, index, *use)
-
-
 def _draw(
     deck: tasks.Deck,
     index: int,
@@ -345,7 +340,7 @@ def _draw(
 ) -> np.ndarray:
   """Pictures of one digit each, f32[n, size, size, 3]."""
   return np.stack([
-      deck.draw(position, size, look, _dice(deck, index, "strokes", number))
+      deck.draw(position, size, look, deck.dice(index, "strokes", number))
       for number, (position, look) in enumerate(
           zip(positions, looks, strict=True)
       )

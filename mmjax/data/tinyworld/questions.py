@@ -119,20 +119,6 @@ class _Scenery:
   deck: tasks.Deck
   size: int
 
-  @classmethod
-  def make(
-      cls,
-      task: str,
-      split: Split,
-      size: int,
-      length: int | None,
-      seed: int,
-      variety: float,
-      warp: float,
-  ) -> "_Scenery":
-    deck = tasks.Deck.make(task, split, size, length, seed, variety, warp)
-    return cls(deck, size)
-
   def deal(
       self, index: int, counts: Sequence[int], dice: Dice
   ) -> tuple[list[int], Scene]:
@@ -150,17 +136,12 @@ class _Scenery:
     shown = tuple(labels[position] for position in positions)
     return positions, Scene(layout, colours, shown)
 
-  def dice(self, index: int, *use: str | int) -> Dice:
-    """Dice for one use within an example."""
-    deck = self.deck
-    return Dice(deck.task, deck.split, deck.seed, index, *use)
-
   def picture(
       self, index: int, positions: Sequence[int], scene: Scene
   ) -> np.ndarray:
     """The one picture of an example, f32[1, size, size, 3]."""
-    strokes = [self.dice(index, "digit", n) for n in range(len(positions))]
-    ground = self.dice(index, "ground")
+    strokes = [self.deck.dice(index, "digit", n) for n in range(len(positions))]
+    ground = self.deck.dice(index, "ground")
     return self.deck.draw_scene(positions, scene, self.size, ground, strokes)[
         None
     ]
@@ -197,9 +178,10 @@ class SceneCaptions:
     """
     _check("counts", counts, tuple(_LAYOUTS))
     self._counts = tuple(counts)
-    self._scenery = _Scenery.make(
+    deck = tasks.Deck.make(
         "scene captions", split, size, length, seed, variety, warp
     )
+    self._scenery = _Scenery(deck, size)
 
   def __len__(self) -> int:
     return self._scenery.deck.length
@@ -231,7 +213,7 @@ class SceneCaptions:
     return {}
 
   def _deal(self, index: int) -> tuple[list[int], Scene, Dice]:
-    dice = self._scenery.dice(index)
+    dice = self._scenery.deck.dice(index)
     return *self._scenery.deal(index, self._counts, dice), dice
 
 
@@ -266,9 +248,10 @@ class VisualQuestions:
     """
     _check("kinds", kinds, KINDS)
     self._kinds = tuple(kinds)
-    self._scenery = _Scenery.make(
+    deck = tasks.Deck.make(
         "visual questions", split, size, length, seed, variety, warp
     )
+    self._scenery = _Scenery(deck, size)
 
   def __len__(self) -> int:
     return self._scenery.deck.length
@@ -308,7 +291,7 @@ class VisualQuestions:
     return {}
 
   def _deal(self, index: int) -> tuple[str, list[int], Scene, Dice]:
-    dice = self._scenery.dice(index)
+    dice = self._scenery.deck.dice(index)
     kind = dice.choose(self._kinds)
     counts = (2, 3, 4) if kind in ("sum", "side") else (1, 2, 3, 4)
     return kind, *self._scenery.deal(index, counts, dice), dice
@@ -354,9 +337,10 @@ class Dialogues:
           f"exchanges={exchanges}: expected 1 to {most}, each of another kind"
       )
     self._exchanges = exchanges
-    self._scenery = _Scenery.make(
+    deck = tasks.Deck.make(
         "dialogues", split, size, length, seed, variety, warp
     )
+    self._scenery = _Scenery(deck, size)
 
   def __len__(self) -> int:
     return self._scenery.deck.length
@@ -401,7 +385,7 @@ class Dialogues:
     return {}
 
   def _deal(self, index: int) -> tuple[list[int], Scene, Dice]:
-    dice = self._scenery.dice(index)
+    dice = self._scenery.deck.dice(index)
     return *self._scenery.deal(index, (2, 3, 4), dice), dice
 
 

@@ -73,11 +73,15 @@ class Deck:
     length = usual if length is None else length
     return cls(task, split, length, seed, variety, warp)
 
+  def dice(self, index: int, *use: str | int) -> Dice:
+    """Dice for one use within an example: one set would run out."""
+    return Dice(self.task, self.split, self.seed, index, *use)
+
   def deal(self, index: int) -> tuple[int, Dice]:
     """The position of a digit in the split's `Hand`, and dice."""
     if not 0 <= index < self.length:
       raise IndexError(f"index {index} of {self.length} examples")
-    dice = Dice(self.task, self.split, self.seed, index)
+    dice = self.dice(index)
     return index % len(digits.hand(self.split).labels), dice
 
   def draw(
