@@ -23,6 +23,7 @@ setuptools.setup(
     install_requires=[
         "absl-py",
         "chex>=0.1.90",
+        "espeakng-loader",
         "flax>=0.12",
         "ftfy",
         "grain>=0.2.18",

@@ -56,6 +56,32 @@ KEYS: dict[str, Spec] = {
         ("B", "N", "H", "W", "C"),
         "Pictures of one example in order; slots behind the last are 0.",
     ),
+    "video": Spec(
+        "float32",
+        ("B", "F", "H", "W", "C"),
+        "Frames of a film in order, as `image`.",
+    ),
+    "depth": Spec(
+        "float32",
+        ("B", "H", "W"),
+        "Disparity of every pixel: 1 is near, 0 far.",
+    ),
+    "thermal": Spec(
+        "float32", ("B", "H", "W"), "Heat of every pixel: 1 is hot, 0 cold."
+    ),
+    "imu": Spec(
+        "float32",
+        ("B", "I", "6"),
+        "Accelerometer x, y, z, then gyroscope x, y, z, over time.",
+    ),
+    "audio": Spec(
+        "float32", ("B", "S"), "Samples of one channel in [-1, 1]."
+    ),
+    "mel": Spec(
+        "float32",
+        ("B", "M", "mels"),
+        "Log energies of mel bands over time, as their system normalises them.",
+    ),
     "tokens": Spec(
         "int32", ("B", "L"), "Ids of a tokenizer, padded to a fixed length."
     ),
