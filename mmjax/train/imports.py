@@ -5,14 +5,14 @@ the shape, dtype and sharding of every parameter of the system, and gives the
 parameters that are then not drawn at random.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import math
 import os
 import pathlib
 import re
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +65,120 @@ def from_checkpoint(
       fields in which the systems differ.
   """
   folder = pathlib.Path(path).expanduser().resolve()
+  donor = _open(system, folder, step)
+  if donor.layout is not None:
+    _check_fields(system, donor.system, folder)
+  select = _Selection(abstract, donor.shapes, skip, donor.where)
+  return select.finish(donor.read(select.asked()), system)
+
+
+def from_part(
+    system: Any,
+    abstract: Abstract,
+    *,
+    path: str,
+    source: str = "",
+    target: str = "",
+    skip: str | None = None,
+    deeper: str | None = None,
+    longer: str | None = None,
+    step: int | None = None,
+) -> Params:
+  """Takes a part of another system: CLIP's tower for LLaVA, a trained decoder.
+
+  Of a run whose config evaluates slow copies (`eval_shadow`) they are taken:
+  the part that was evaluated is the part that is used.
+
+  Args:
+    system: the system of which a part is filled.
+    abstract: path -> shape, dtype and sharding of its parameters.
+    path: a run directory, or a directory as transformers saves one.
+    source: what the part's paths begin with there, such as "vision/encoder/".
+    target: what they begin with here, such as "vision/".
+    skip: pattern of whole paths, as they are called here, that are left out:
+      not filled here, or not wanted of there.
+    deeper: pattern of paths here whose stack may have more blocks there, of
+      which the first are taken.
+    longer: pattern of tables here that may have more rows than there; each of
+      the rows behind becomes the mean of the others.
+    step: of a run's checkpoint; the newest by default.
+
+  Returns:
+    path -> array, for all paths below `target` that `skip` does not match.
+
+  Raises:
+    FileNotFoundError: if there is no such run or directory.
+    ValueError: naming all missing, misshaped and unused parameters, or the
+      fields in which the parts differ.
+  """
+  folder = pathlib.Path(path).expanduser().resolve()
+  donor = _open(system, folder, step, evaluated=True)
+  wanted = _below(abstract, target)
+  stored = _below(donor.shapes, source)
+  if not wanted or not stored:
+    raise ValueError(
+        f"{donor.where}: nothing to take: {len(wanted)} parameters here begin "
+        f"with target={target!r}, {len(stored)} there with source={source!r}. "
+        f"Here there are {_beginnings(abstract)}, there "
+        f"{_beginnings(donor.shapes)}"
+    )
+  if donor.system is not None:
+    _check_fields(
+        _part(system, target),
+        _part(donor.system, source),
+        donor.where,
+        f"config.system/{target}".rstrip("/").replace("/", "."),
+        # Where the length is that of a table, shapes are compared.
+        free={"length"}
+        | ({"depth"} if deeper else set())
+        | ({"vocab"} if longer else set()),
+    )
+  # Both sides under the names that they have here.
+  select = _Selection(
+      {target + rest: leaf for rest, leaf in wanted.items()},
+      {target + rest: shape for rest, shape in stored.items()},
+      skip,
+      donor.where,
+      deeper,
+      longer,
+  )
+  there = {path: source + path[len(target) :] for path in select.wanted}
+  read = donor.read({there[p]: leaf for p, leaf in select.asked().items()})
+  found = {path: read[name] for path, name in there.items()}
+  return select.finish(found, _part(system, target))
+
+
+class _Donor(NamedTuple):
+  """Where parameters come from.
+
+  Attributes:
+    where: for messages.
+    system: the module that they belong to, or None if nobody knows.
+    layout: of a directory or file of another project; None of a run.
+    shapes: path -> shape.
+    read: {path: shape, dtype and sharding} -> {path: array}.
+  """
+
+  where: str
+  system: Any
+  layout: Any
+  shapes: dict[str, tuple[int, ...]]
+  read: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Params]
+
+
+def _open(
+    system: Any, folder: pathlib.Path, step: int | None, evaluated: bool = False
+) -> _Donor:
+  """A run, or a public checkpoint; no tensor is read yet.
+
+  Args:
+    system: whose file knows the names of a public file.
+    folder: of the run or checkpoint.
+    step: of a run.
+    evaluated: whether to take the slow copies of a run that evaluates them.
+  """
   if (folder / "checkpoints").is_dir():
-    return _from_run(system, abstract, folder, skip, step)
+    return _open_run(folder, step, evaluated)
   if not folder.exists():
     raise FileNotFoundError(
         f"{folder}: expected a run directory, a transformers directory, or a "
@@ -74,49 +186,47 @@ def from_checkpoint(
     )
   layout, donor, table, source = _open_foreign(system, folder)
   shapes, _ = pretrained.abstract_params(layout, donor)
-  _check_fields(system, donor, folder)
-  select = _Selection(abstract, _shapes(shapes), skip, str(folder))
-  shardings = {
-      path: abstract[path].sharding
-      if path in select.wanted and path not in select.grids
-      else _everywhere(abstract)
-      for path in shapes
-  }
-  found = engine.load(source, table, shapes, shardings=shardings)
-  return select.finish(found, system)
+
+  def read(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    places = {path: leaf.sharding for path, leaf in wanted.items()}
+    return engine.load(source, table, shapes, shardings=places, only=wanted)
+
+  return _Donor(str(folder), donor, layout, _shapes(shapes), read)
 
 
-def _from_run(
-    system: Any,
-    abstract: Abstract,
-    folder: pathlib.Path,
-    skip: str | None,
-    step: int | None,
-) -> Params:
-  checkpoint.stored_config(folder)
+def _open_run(
+    folder: pathlib.Path, step: int | None, evaluated: bool
+) -> _Donor:
+  config = checkpoint.stored_config(folder)
+  parts = ["frozen", "live"]
+  if evaluated and config.get("eval_shadow"):
+    parts.append("shadow")
   with checkpoint.Checkpoints(folder) as checkpoints:
     step = checkpoints.step(step)
-    stored = {
-        path.split("/", 1)[1]: (path, shape)
-        for path, shape in checkpoints.shapes(step).items()
-        if path.startswith(("live/", "frozen/"))
-    }
-    shapes = {path: shape for path, (_, shape) in stored.items()}
-    select = _Selection(abstract, shapes, skip, f"{folder}, step {step}")
-    place = _everywhere(abstract)
-    read = checkpoints.read(
-        {
-            stored[path][0]: jax.ShapeDtypeStruct(
-                shapes[path], leaf.dtype, sharding=place
-            )
-            if path in select.grids
-            else leaf
-            for path, leaf in select.wanted.items()
-        },
-        step,
-    )
-  found = {path: read[stored[path][0]] for path in select.wanted}
-  return select.finish(found, system)
+    shapes = checkpoints.shapes(step)
+  names = {
+      path.removeprefix(f"{part}/"): path
+      for part in parts  # The later part wins.
+      for path in shapes
+      if path.startswith(f"{part}/")
+  }
+
+  def read(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    with checkpoint.Checkpoints(folder) as checkpoints:
+      stored = {names[path]: leaf for path, leaf in wanted.items()}
+      found = checkpoints.read(stored, step)
+    return {path: found[names[path]] for path in wanted}
+
+  donor = None
+  if "system" in config:
+    donor = config_lib.build(config["system"], f"{folder}: config.system")
+  return _Donor(
+      f"{folder}, step {step}",
+      donor,
+      None,
+      {path: shapes[name] for path, name in names.items()},
+      read,
+  )
 
 
 def _open_foreign(
@@ -136,12 +246,33 @@ def _open_foreign(
   return module.LAYOUT, system, module.official_table(system), source
 
 
+def _below(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  """The entries whose path begins with `prefix`, by the rest of the path."""
+  return {
+      path[len(prefix) :]: leaf
+      for path, leaf in tree.items()
+      if path.startswith(prefix)
+  }
+
+
+def _beginnings(tree: Mapping[str, Any]) -> str:
+  return ", ".join(sorted({f"{path.split('/')[0]}/" for path in tree}))
+
+
+def _part(system: Any, prefix: str) -> Any:
+  """The module that owns the parameters below `prefix`, or the one around."""
+  for name in filter(None, prefix.split("/")):
+    system = getattr(system, name, system)
+  return system
+
+
 class _Selection:
   """Which stored parameters fill which of ours, checked.
 
   Attributes:
     wanted: those of ours that are filled.
     grids: path -> (prefix, old side, new side) of tables to resample.
+    rows: the paths whose leading axis differs and may.
   """
 
   def __init__(
@@ -150,18 +281,23 @@ class _Selection:
       stored: Mapping[str, tuple[int, ...]],
       skip: str | None,
       where: str,
+      deeper: str | None = None,
+      longer: str | None = None,
   ) -> None:
-    """Compares both sides; see `from_checkpoint` for the errors."""
-    skipped = re.compile(skip if skip is not None else r"(?!)").fullmatch
+    """Compares both sides; see `from_part` for the arguments and errors."""
+    skipped = _matcher(skip)
     if skip is not None and not any(map(skipped, (*abstract, *stored))):
       raise ValueError(
           f"skip={skip!r} matches no parameter of this system or of {where}"
           + config_lib.nearest(skip, abstract)
       )
+    self._stored = stored
     self.wanted = {p: s for p, s in abstract.items() if not skipped(p)}
     self.grids = _moved_grids(self.wanted, stored)
+    self.rows = _moved_rows(self.wanted, stored, deeper, longer)
+    moved = self.grids.keys() | self.rows
     faults = checkpoint.faults(
-        {p: s for p, s in self.wanted.items() if p not in self.grids}, stored
+        {p: s for p, s in self.wanted.items() if p not in moved}, stored
     ) + [
         f"  {path}: no use for it here"
         for path in stored
@@ -174,15 +310,32 @@ class _Selection:
           + "\nLeave parameters out with a pattern in `skip`"
       )
 
-  def finish(self, found: Params, system: Any) -> Params:
-    """The wanted parameters, resampled where the grid differs."""
-    method = getattr(system, "resample", "bicubic")
+  def asked(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """What to read: the wanted ones, in the shapes that are stored."""
+    whole = _everywhere(self.wanted) if self.wanted else None
+    moved = self.grids.keys() | self.rows
     return {
-        path: _resample(found[path], leaf, *self.grids[path], method)
-        if path in self.grids
-        else found[path]
+        path: jax.ShapeDtypeStruct(
+            self._stored[path],
+            leaf.dtype,
+            sharding=whole if path in moved else leaf.sharding,
+        )
         for path, leaf in self.wanted.items()
     }
+
+  def finish(self, found: Params, system: Any) -> Params:
+    """What was read in our shapes; `system` knows how to resample grids."""
+    method = getattr(system, "resample", "bicubic")
+    done = {path: found[path] for path in self.wanted}
+    for path, grid in self.grids.items():
+      done[path] = _resample(found[path], self.wanted[path], *grid, method)
+    for path in self.rows:
+      done[path] = _refit(found[path], self.wanted[path])
+    return done
+
+
+def _matcher(pattern: str | None) -> Callable[[str], Any]:
+  return re.compile(r"(?!)" if pattern is None else pattern).fullmatch
 
 
 def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -195,11 +348,18 @@ def _everywhere(abstract: Abstract) -> jax.sharding.Sharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def _check_fields(system: Any, donor: Any, path: os.PathLike[str]) -> None:
+def _check_fields(
+    system: Any,
+    donor: Any,
+    path: os.PathLike[str] | str,
+    where: str = "config.system",
+    free: Collection[str] = (),
+) -> None:
   """Refuses a checkpoint whose network computes something else."""
   lines = [
       f"  {name}: {theirs!r} there, {ours!r} here"
-      for name, ours, theirs in _different(system, donor, "config.system")
+      for name, ours, theirs in _different(system, donor, where)
+      if name.rpartition(".")[2] not in free
   ]
   if lines:
     raise ValueError(
@@ -211,16 +371,26 @@ def _check_fields(system: Any, donor: Any, path: os.PathLike[str]) -> None:
 def _different(
     ours: Any, theirs: Any, where: str
 ) -> list[tuple[str, Any, Any]]:
-  """(place, ours, theirs) of the fields in which two modules differ."""
+  """(place, ours, theirs) of the fields in which two modules differ.
+
+  Functions are not compared, nor fields that another kind of module lacks.
+  """
   found = []
+  alike = type(ours) is type(theirs)
   for field in dataclasses.fields(ours):
-    a, b = (getattr(module, field.name, None) for module in (ours, theirs))
+    if not alike and not hasattr(theirs, field.name):
+      continue
+    a, b = (getattr(module, field.name) for module in (ours, theirs))
     place = f"{where}.{field.name}"
     if dataclasses.is_dataclass(a) and type(a) is type(b):
       found += _different(a, b, place)
-    elif field.name not in _FREE_FIELDS and a != b:
+    elif field.name not in _FREE_FIELDS and not _is_function(a) and a != b:
       found.append((place, a, b))
   return found
+
+
+def _is_function(value: Any) -> bool:
+  return callable(value) and not dataclasses.is_dataclass(value)
 
 
 def _moved_grids(
@@ -230,14 +400,49 @@ def _moved_grids(
   found = {}
   for path, leaf in wanted.items():
     old, new = stored.get(path, ()), tuple(leaf.shape)
-    is_table = f"/{path}".endswith("/encoder/position/table")
-    if is_table and len(old) == 2 and old[1:] == new[1:] and old != new:
+    owner = path.removesuffix("position/table")
+    # The positions of a text have no patches beside them.
+    is_grid = owner != path and f"{owner}patch/kernel" in wanted
+    if is_grid and len(old) == 2 and old[1:] == new[1:] and old != new:
       for prefix in range(min(old[0], new[0])):
         sides = math.isqrt(old[0] - prefix), math.isqrt(new[0] - prefix)
         if [s * s for s in sides] == [old[0] - prefix, new[0] - prefix]:
           found[path] = (prefix, *sides)
           break
   return found
+
+
+def _moved_rows(
+    wanted: Mapping[str, Any],
+    stored: Mapping[str, tuple[int, ...]],
+    deeper: str | None,
+    longer: str | None,
+) -> set[str]:
+  """The paths that have more blocks there, or fewer rows, and may."""
+  is_deeper, is_longer = _matcher(deeper), _matcher(longer)
+  found = set()
+  for path, leaf in wanted.items():
+    old, new = stored.get(path, ()), tuple(leaf.shape)
+    if len(old) != len(new) or not new or old[1:] != new[1:]:
+      continue
+    if (old[0] > new[0] and is_deeper(path)) or (
+        old[0] < new[0] and is_longer(path)
+    ):
+      found.add(path)
+  return found
+
+
+def _refit(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  """The first rows; or all, and their mean in the rows behind."""
+
+  def refit(array: jax.Array) -> jax.Array:
+    count = leaf.shape[0] - array.shape[0]
+    if count <= 0:
+      return array[: leaf.shape[0]]
+    mean = array.mean(axis=0, keepdims=True)
+    return jnp.concatenate([array, jnp.repeat(mean, count, axis=0)])
+
+  return jax.jit(refit, out_shardings=leaf.sharding)(array)
 
 
 def _resample(
