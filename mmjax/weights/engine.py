@@ -38,7 +38,7 @@ class Binding:
     name: of the tensor.
     paths: of our leaves.
     index: the place in their stacked axes.
-    transform: between a slice and its part of the tensor.
+    transforms: between a slice and its part of the tensor, one per path.
     parts: shapes of the parts, one per path. The tensor is their
       concatenation along axis 0.
   """
@@ -46,7 +46,7 @@ class Binding:
   name: str
   paths: tuple[str, ...]
   index: tuple[int, ...]
-  transform: Transform
+  transforms: tuple[Transform, ...]
   parts: tuple[Shape, ...]
 
   @property
@@ -134,8 +134,8 @@ def dump(
       held = binding.paths
       leaves = {path: _fetch(path, params[path]) for path in held}
     parts = [
-        binding.transform.to_theirs(np.asarray(leaves[path][binding.index]))
-        for path in held
+        transform.to_theirs(np.asarray(leaves[path][binding.index]))
+        for path, transform in zip(held, binding.transforms)
     ]
     tensor = np.concatenate(parts) if len(parts) > 1 else parts[0]
     yield binding.name, _convert(tensor, _kept(tensor, dtype), binding.name)
@@ -224,9 +224,12 @@ def expand(table: Table, abstract: Mapping[str, Any]) -> list[Binding]:
       raise ValueError(
           f"{rule}: needs {depth} equal leading axes; its leaves are {shapes}"
       )
-    parts = tuple(_theirs(rule.transform, shape[depth:]) for shape in shapes)
+    parts = tuple(
+        _theirs(transform, shape[depth:])
+        for transform, shape in zip(rule.transforms, shapes, strict=True)
+    )
     bindings += [
-        Binding(rule.name(index), rule.paths, index, rule.transform, parts)
+        Binding(rule.name(index), rule.paths, index, rule.transforms, parts)
         for index in np.ndindex(*shapes[0][:depth])
     ]
   return bindings
@@ -337,7 +340,8 @@ def _read_block(
   for place in np.ndindex(block.shape[:depth]):
     binding = slices[tuple(r[i] for r, i in zip(ranges, place))]
     part = binding.part(source.read(binding.name), path)
-    ours = binding.transform.to_ours(part, shape[depth:])[index[depth:]]
+    transform = binding.transforms[binding.paths.index(path)]
+    ours = transform.to_ours(part, shape[depth:])[index[depth:]]
     block[place] = _convert(ours, dtype, f"{source.path}: {binding.name}")
   return block
 

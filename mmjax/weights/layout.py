@@ -14,7 +14,8 @@ from typing import Any
 from mmjax.weights import transforms
 from mmjax.weights.transforms import Transform
 
-_FIELD = re.compile(r"\{(\w+)\}")
+_FIELD = re.compile(r"\{([\w+]+)\}")
+_STEPS = re.compile(r"(\d*)(\w*)")
 _AXIS = re.compile(r"\[(\w+)\]")
 
 
@@ -27,20 +28,27 @@ class Rule:
   Templates rather than regexes, since one template serves both directions.
 
   Attributes:
-    source: name of their tensor; `{i}` stands for a number.
+    source: name of their tensor; `{i}` stands for a number, `{2i+1}` for one
+      that is counted in steps.
     target: path of our leaf, `[i]` marking a stacked axis (these axes lead, in
       the order of the path); or a tuple of paths, whose arrays in their form
       are concatenated along axis 0 (a fused query-key-value projection).
-    transform: between one part of their tensor and one slice of our leaf.
+    transform: between one part of their tensor and one slice of our leaf; a
+      tuple if the parts differ, one for each.
   """
 
   source: str
   target: str | tuple[str, ...]
-  transform: Transform = transforms.IDENTITY
+  transform: Transform | tuple[Transform, ...] = transforms.IDENTITY
 
   def __post_init__(self) -> None:
     axes = {tuple(_AXIS.findall(target)) for target in self._targets}
-    fields = _FIELD.findall(self.source)
+    fields = [
+        axis
+        for field in _FIELD.findall(self.source)
+        for _, axis in _terms(field)
+        if axis
+    ]
     if len(axes) != 1 or sorted(*axes) != sorted(fields):
       raise ValueError(
           f"rule {self.source!r} -> {self.target!r}: the numbers of the source "
@@ -58,18 +66,34 @@ class Rule:
     return tuple(_AXIS.sub("", target) for target in self._targets)
 
   @property
+  def transforms(self) -> tuple[Transform, ...]:
+    """One transform for each of the paths."""
+    if isinstance(self.transform, tuple):
+      return self.transform
+    return (self.transform,) * len(self._targets)
+
+  @property
   def axes(self) -> tuple[str, ...]:
     """The names of the stacked axes, outermost first."""
     return tuple(_AXIS.findall(self._targets[0]))
 
   def name(self, index: Sequence[int]) -> str:
     """The name of the tensor that holds slice `index` of the stacked axes."""
-    return self.source.format(**dict(zip(self.axes, index)))
+    place = {"": 1, **dict(zip(self.axes, index))}
+    number = lambda field: sum(
+        int(factor or 1) * place[axis] for factor, axis in _terms(field)
+    )
+    return _FIELD.sub(lambda found: str(number(found[1])), self.source)
 
   def matches(self, name: str) -> bool:
     """Whether `name` is a name of `source` with some numbers in it."""
     literals = _FIELD.split(self.source)[::2]
     return bool(re.fullmatch(r"\d+".join(map(re.escape, literals)), name))
+
+
+def _terms(field: str) -> list[tuple[str, str]]:
+  """(factor, axis) of each term: ("2", "i") and ("1", "") of "2i+1"."""
+  return [_STEPS.fullmatch(term).groups() for term in field.split("+")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,3 +60,10 @@ CONV2D = Transform(
     lambda kernel, shape: kernel.transpose(2, 3, 1, 0),
     lambda kernel: kernel.transpose(3, 2, 0, 1),
 )
+# A flat vector with as many zeros behind it <-> our bias: of the queries, in a
+# fused bias of queries, keys and values whose keys have none. What stands there
+# instead of zeros is dropped: it moves all scores of a query alike.
+ZEROS_BEHIND = Transform(
+    lambda vector, shape: vector[: vector.size // 2].reshape(shape),
+    lambda array: np.concatenate([array.reshape(-1), array.reshape(-1) * 0]),
+)

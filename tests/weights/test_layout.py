@@ -27,7 +27,31 @@ def test_rule_matches_its_own_names_only():
     assert not rule.matches(name), name
 
 
+def test_numbers_may_be_counted_in_steps():
+  rule = layout.Rule("h.{2i+1}.w", "pairs[i]/second/kernel")
+  assert rule.axes == ("i",)
+  assert [rule.name((i,)) for i in range(3)] == ["h.1.w", "h.3.w", "h.5.w"]
+  assert rule.matches("h.7.w") and not rule.matches("h.i.w")
+  assert layout.Rule("h.{4i+j}.w", "a[i]/b[j]").name((2, 3)) == "h.11.w"
+
+
+def test_parts_may_have_transforms_of_their_own():
+  rule = layout.Rule(
+      "qkv.bias",
+      ("query/bias", "value/bias"),
+      (transforms.ZEROS_BEHIND, transforms.FLAT),
+  )
+  leaves = {p: np.arange(1.0, 7).reshape(2, 3) * s for p, s in zip(
+      rule.paths, (1, 10))}
+  ((name, tensor),) = engine.dump([rule], leaves)
+  assert name == "qkv.bias"
+  np.testing.assert_array_equal(
+      tensor.reshape(3, 6), np.arange(1, 7) * [[1], [0], [10]]
+  )
+
+
 @pytest.mark.parametrize("source, target", [
+    ("h.{2i+j}.w", "blocks[i]/kernel"),
     ("h.{i}.w", "blocks/kernel"),
     ("h.0.w", "blocks[i]/kernel"),
     ("h.{i}.w", "blocks[j]/kernel"),
