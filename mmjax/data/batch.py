@@ -85,6 +85,12 @@ KEYS: dict[str, Spec] = {
     "tokens": Spec(
         "int32", ("B", "L"), "Ids of a tokenizer, padded to a fixed length."
     ),
+    "targets": Spec(
+        "int32",
+        ("B", "M"),
+        "Ids that a decoder apart from what reads `tokens` is to write; -1 "
+        "behind their end.",
+    ),
     "label": Spec("int32", ("B",), "Index of the right class."),
     "identity": Spec(
         "int32", ("B",), "Examples of equal identity are interchangeable."
@@ -112,6 +118,11 @@ KEYS: dict[str, Spec] = {
     ),
     "anchor": Spec(
         "int32", ("B",), "Index of the token whose state stands for the text."
+    ),
+    "anchors": Spec(
+        "int32",
+        ("B", "N"),
+        "Index of the token whose state stands for the text of each picture.",
     ),
     "valid": Spec("float32", ("B",), "1 for an example, 0 for a padding row."),
 }

@@ -57,7 +57,7 @@ class Template:
     before: role to what stands before a turn's text.
     after: role to what stands after it (and after the end of an answer).
     begin: what opens a conversation.
-    answer: opens an answer, as its part.
+    answer: opens an answer, as its part; text, or a special token.
     end: ends an answer, as its part.
     finish: ends a conversation.
     system: the text of a system turn where a conversation has none; "" for no
@@ -128,11 +128,9 @@ TEMPLATES: dict[str, Template] = {
         picture=("<pad>",),
         mute=("system", "user"),
     ),
-    # FROMAGe: [RET] ends every text, but the caption of a picture that stands
-    # before it does not teach when to say it.
+    # FROMAGe predicts the start of a caption too, and not the [RET] behind it.
     "fromage_caption": Template(
-        before={"assistant": (Special("</s>"),)},
-        finish=(Special("[RET]"),),
+        answer=Special("</s>"),
         placeholder="<pad>",
         picture=("<pad>",),
         mute=("system", "user"),
@@ -308,6 +306,7 @@ class Formatter:
         template.begin,
         template.end,
         template.finish,
+        (template.answer,),
         *template.before.values(),
         *template.after.values(),
     ):

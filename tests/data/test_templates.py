@@ -87,8 +87,7 @@ def test_captions_for_opt_token_by_token():
   assert opt.source.tolist() == [0, 1, -1, -1, -1, -1, -1]
   caption = formatter("fromage_caption").document(turns, 1)
   assert spell(caption) == [
-      ("<pad>", 0), ("</s>", 0),
-      ("a", 1), (" red", 1), (" 7", 1), ("[RET]", 0),
+      ("<pad>", 0), ("</s>", 1), ("a", 1), (" red", 1), (" 7", 1),
   ]  # fmt: skip
   retrieval = formatter("fromage_retrieval").document(turns[1:], 0)
   assert spell(retrieval) == [
