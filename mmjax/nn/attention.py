@@ -1,5 +1,6 @@
 """Multi-head attention under an interval mask, on one device or on many."""
 
+from collections.abc import Sequence
 import functools
 import math
 from typing import Any
@@ -204,6 +205,7 @@ class Attention(nn.Module):
     out_init: of the output kernel.
     qkv_bias_init: of the query, key and value biases; None for no biases.
     dtype: of the computation.
+    biased: which of "query", "key" and "value" have that bias.
   """
 
   heads: int
@@ -211,6 +213,7 @@ class Attention(nn.Module):
   out_init: Initializer = linear.XAVIER
   qkv_bias_init: Initializer | None = linear.ZEROS
   dtype: Any = jnp.float32
+  biased: Sequence[str] = ("query", "key", "value")
 
   @nn.compact
   def __call__(
@@ -236,7 +239,7 @@ class Attention(nn.Module):
           (self.heads, head_dim),
           linear.EMBED_TO_HEADS,
           self.qkv_init,
-          self.qkv_bias_init,
+          self.qkv_bias_init if name in self.biased else None,
           self.dtype,
           name=name,
       )(source)

@@ -35,7 +35,9 @@ class BlockInit:
   out: Initializer = linear.XAVIER
   up: Initializer = linear.XAVIER
   down: Initializer = linear.XAVIER
-  mlp_bias: Initializer = linear.normal(1e-6)
+  mlp_bias: Initializer | None = linear.normal(1e-6)
+  # Which of the three have `qkv_bias`: a bias of keys changes nothing.
+  biased: tuple[str, ...] = ("query", "key", "value")
 
 
 class Mlp(nn.Module):
@@ -159,6 +161,7 @@ class Block(nn.Module):
         self.inits.out,
         self.inits.qkv_bias,
         self.dtype,
+        self.inits.biased,
         name="attention",
     )(y, mask)
     x = x + dropout(self, y, self.dropout)

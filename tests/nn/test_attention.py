@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.nn import attention, mask
+from mmjax.nn import attention, mask, partitioning
 
 
 def reference(q, k, v, visible, scale):
@@ -104,3 +104,17 @@ def test_heads_must_divide_the_width():
   module = attention.Attention(heads=3)
   with pytest.raises(ValueError, match="width 8 is not divisible by 3 heads"):
     module.init(jax.random.key(0), jnp.zeros((1, 2, 8)), mask.full(2))
+
+
+def test_a_bias_of_the_keys_changes_nothing():
+  x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+  draw = jax.nn.initializers.normal(1.0)
+  module = attention.Attention(2, qkv_bias_init=draw)
+  variables = partitioning.unbox(
+      module.init(jax.random.key(0), x, mask.causal(5))
+  )
+  expected = module.apply(variables, x, mask.causal(5))
+  del variables["params"]["key"]["bias"]
+  without = module.clone(biased=("query", "value"))
+  found = without.apply(variables, x, mask.causal(5))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
