@@ -17,6 +17,7 @@ def next_token(
     weight: jax.Array,
     *,
     chunks: int = 1,
+    smoothing: float = 0.0,
 ) -> dict[str, Term]:
   """Cross-entropy of each token given those before it.
 
@@ -30,6 +31,7 @@ def next_token(
     weight: f32[B, L], how much predicting token i from those before counts;
       that of the first token is not looked at.
     chunks: how many parts.
+    smoothing: of the labels, see `softmax_cross_entropy`.
 
   Returns:
     `next_token` (nats) and `accuracy`, both per unit of weight.
@@ -42,7 +44,7 @@ def next_token(
   def part(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     hidden, labels, weight = operands
     found = logits(hidden)
-    loss = softmax_cross_entropy(found, labels)
+    loss = softmax_cross_entropy(found, labels, smoothing=smoothing)
     right = found.argmax(axis=-1) == labels
     return (weight * loss).sum(), (weight * right).sum()
 

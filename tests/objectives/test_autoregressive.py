@@ -58,3 +58,17 @@ def test_chunks_change_memory_and_not_the_gradient():
     np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
   memory = [f.memory_analysis().temp_size_in_bytes for f in (whole, parts)]
   assert memory[1] < 0.25 * memory[0]
+
+
+def test_labels_may_be_smoothed():
+  rng = np.random.default_rng(3)
+  hidden = rng.normal(size=(2, 5, 7)).astype(np.float32)
+  tokens = rng.integers(0, 7, (2, 5))
+  weight = np.ones((2, 5), np.float32)
+  found = autoregressive.next_token(
+      lambda x: x, hidden, tokens, weight, smoothing=0.2
+  )
+  log_probs = hidden - np.log(np.exp(hidden).sum(axis=-1, keepdims=True))
+  target = 0.8 * np.eye(7)[tokens[:, 1:]] + 0.2 / 7
+  loss = -(target * log_probs[:, :-1]).sum()
+  assert float(found["next_token"].total) == pytest.approx(loss, rel=1e-5)
