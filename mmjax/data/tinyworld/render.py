@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -83,6 +84,106 @@ def background(size: int, ground: int, dice: Dice) -> np.ndarray:
   return noise + _GROUND_VALUES[ground]
 
 
+class Pose(NamedTuple):
+  """Where and how a glyph stands in a picture: what chance decided.
+
+  Attributes:
+    window: rows and columns of the picture around the digit; only they are
+      warped, since most of a picture is ground.
+    mesh: bends strokes, None for not at all.
+    perspective: eight numbers that map a pixel of the window to the glyph.
+    stroke: how bold it is, an index into `_STROKES`.
+    linear: four numbers of `perspective` without its vanishing lines.
+  """
+
+  window: tuple[slice, slice]
+  mesh: list[Any] | None
+  perspective: tuple[float, ...]
+  stroke: int
+  linear: tuple[float, float, float, float]
+
+  def warp(self, glyph: Image.Image) -> np.ndarray:
+    """A grey layer of the glyph as it lies in the window: u8[h, w]."""
+    if self.mesh is not None:
+      glyph = glyph.transform(
+          glyph.size,
+          Image.Transform.MESH,
+          self.mesh,
+          Image.Resampling.BILINEAR,
+      )
+    rows, columns = self.window
+    return np.asarray(
+        glyph.transform(
+            (columns.stop - columns.start, rows.stop - rows.start),
+            Image.Transform.PERSPECTIVE,
+            self.perspective,
+            Image.Resampling.BILINEAR,
+        )
+    )
+
+  def turn(self, directions: np.ndarray) -> np.ndarray:
+    """Directions f64[..., 2] in the glyph as they are in the picture.
+
+    In pixels of each; perspective and bent strokes are left out.
+    """
+    a, b, d, e = self.linear
+    return directions @ np.array([[e, -d], [-b, a]]) / (a * e - b * d)
+
+  def ink(self, glyph: Image.Image) -> np.ndarray:
+    """How far ink covers the window: f32[h, w, 1] in [0, 1]."""
+    return _ink_tables()[self.stroke][self.warp(glyph)]
+
+
+def place(
+    size: int,
+    centre: tuple[float, float],
+    height: float,
+    variety: float,
+    dice: Dice,
+    warp: float = 0.0,
+) -> Pose:
+  """How one digit will stand in a picture.
+
+  Args:
+    size: side of the picture, in pixels.
+    centre: x and y of the digit's middle, as fractions of the side.
+    height: height of the digit, as a fraction of the side.
+    variety: how far the hand strays, 1 being the ranges above.
+    dice: rotation, slant, width, perspective and stroke come from here.
+    warp: how far strokes are bent, in pixels of the scan; 0 for not at all.
+  """
+  stray = lambda limit: variety * dice.between(-limit, limit)
+  angle, slant = math.radians(stray(_ROTATION)), stray(_SLANT)
+  width = 1.0 + stray(_WIDTH)
+  tilt_x, tilt_y = stray(_TILT), stray(_TILT)
+  stroke = dice.below(len(_STROKES))
+  mesh = _bend(warp * digits.ENLARGE, dice) if warp else None
+  reach = 0.5 * height * digits.GLYPH_SIDE / digits.GLYPH_HEIGHT * size
+  left, right = _window(centre[0] * size, reach, size)
+  top, bottom = _window(centre[1] * size, reach, size)
+  zoom = digits.GLYPH_HEIGHT / (height * size)
+  cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
+  # The inverse map: where in the glyph does a pixel of the canvas come from?
+  a, b = (cos + slant * sin) / width, (sin - slant * cos) / width
+  d, e = -sin, cos
+  linear = a, b, d, e
+  x, y = centre[0] * size - left, centre[1] * size - top
+  # In perspective, with the digit's middle where it is: both coordinates are
+  # divided by 1 + g (x' - x) + h (y' - y).
+  g, h = tilt_x / reach, tilt_y / reach
+  middle = digits.GLYPH_SIDE / 2
+  a, b, d, e = a + middle * g, b + middle * h, d + middle * g, e + middle * h
+  one = 1.0 - g * x - h * y
+  rows = (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y, g, h)
+  return Pose(
+      (slice(top, bottom), slice(left, right)),
+      mesh,
+      tuple(value / one for value in rows),
+      stroke,
+      linear,
+  )
+
+
 def draw(
     canvas: np.ndarray,
     glyph: Image.Image,
@@ -92,60 +193,32 @@ def draw(
     variety: float,
     dice: Dice,
     warp: float = 0.0,
-) -> None:
+) -> Pose:
   """Draws one digit onto `canvas`, in place.
 
   Args:
     canvas: f32[S, S, 3] in [-1, 1].
     glyph: one of `digits.Hand.glyphs`.
     colour: index into `INKS`.
-    centre: x and y of the digit's middle, as fractions of the side.
-    height: height of the digit, as a fraction of the side.
-    variety: how far the hand strays, 1 being the ranges above.
-    dice: rotation, slant, width, perspective and stroke come from here.
-    warp: how far strokes are bent, in pixels of the scan; 0 for not at all.
+    centre: see `place`, like the others.
+    height: see there.
+    variety: see there.
+    dice: see there.
+    warp: see there.
+
+  Returns:
+    How the digit stands.
   """
-  size = canvas.shape[0]
-  stray = lambda limit: variety * dice.between(-limit, limit)
-  angle, slant = math.radians(stray(_ROTATION)), stray(_SLANT)
-  width = 1.0 + stray(_WIDTH)
-  tilt_x, tilt_y = stray(_TILT), stray(_TILT)
-  table = _ink_tables()[dice.below(len(_STROKES))]
-  if warp:
-    glyph = _bend(glyph, warp * digits.ENLARGE, dice)
-  # Only the window around the digit is warped: most of a picture is ground.
-  reach = 0.5 * height * digits.GLYPH_SIDE / digits.GLYPH_HEIGHT * size
-  left, right = _window(centre[0] * size, reach, size)
-  top, bottom = _window(centre[1] * size, reach, size)
-  zoom = digits.GLYPH_HEIGHT / (height * size)
-  cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
-  # The inverse map: where in the glyph does a pixel of the canvas come from?
-  a, b = (cos + slant * sin) / width, (sin - slant * cos) / width
-  d, e = -sin, cos
-  x, y = centre[0] * size - left, centre[1] * size - top
-  # In perspective, with the digit's middle where it is: both coordinates are
-  # divided by 1 + g (x' - x) + h (y' - y).
-  g, h = tilt_x / reach, tilt_y / reach
-  middle = digits.GLYPH_SIDE / 2
-  a, b, d, e = a + middle * g, b + middle * h, d + middle * g, e + middle * h
-  one = 1.0 - g * x - h * y
-  rows = (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y, g, h)
-  ink = glyph.transform(
-      (right - left, bottom - top),
-      Image.Transform.PERSPECTIVE,
-      [value / one for value in rows],
-      Image.Resampling.BILINEAR,
-  )
-  alpha = table[np.asarray(ink)]
-  region = canvas[top:bottom, left:right]
-  region += alpha * (_INK_VALUES[colour] - region)
+  pose = place(canvas.shape[0], centre, height, variety, dice, warp)
+  region = canvas[pose.window]
+  region += pose.ink(glyph) * (_INK_VALUES[colour] - region)
+  return pose
 
 
-def _bend(glyph: Image.Image, reach: float, dice: Dice) -> Image.Image:
-  """Moves the knots of a net over the glyph, and what is between with them.
+def _bend(reach: float, dice: Dice) -> list[Any]:
+  """A mesh that moves the knots of a net over the glyph, and what is between.
 
   Args:
-    glyph: as in `draw`.
     reach: how far a knot moves in x and in y at most, in pixels of the glyph.
     dice: takes two draws a knot.
   """
@@ -166,9 +239,7 @@ def _bend(glyph: Image.Image, reach: float, dice: Dice) -> Image.Image:
       box = side * x, side * y, side * (x + 1), side * (y + 1)
       corners = above[x], below[x], below[x + 1], above[x + 1]
       mesh.append((box, tuple(itertools.chain(*corners))))
-  return glyph.transform(
-      glyph.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR
-  )
+  return mesh
 
 
 def _window(centre: float, reach: float, size: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ phonemes. A voice is an accent, a timbre (espeak-ng's "variants"), a pitch and a
 speed; the test split speaks in timbres that no training voice has.
 """
 
+import _ctypes
 import ctypes
 import dataclasses
 import functools
@@ -231,10 +232,8 @@ def _synthesise(
   def take(samples: Any, count: int, raw: Any) -> int:
     if samples and count:
       chunks.append(ctypes.string_at(samples, 2 * count))
-    for number in itertools.count():
-      event = raw[number]
-      if event.type == _TERMINATED:
-        return 0
+    listed = map(raw.__getitem__, itertools.count())
+    for event in itertools.takewhile(lambda e: e.type != _TERMINATED, listed):
       name = event.id.string if event.type == _PHONEME else b""
       events.append(
           _Event(
@@ -246,7 +245,7 @@ def _synthesise(
               name.decode("utf-8", "replace"),
           )
       )
-    return 1  # Not reached: the library ends its list of events.
+    return 0
 
   callback = _Callback(take)
   said = text.encode()
@@ -268,12 +267,5 @@ def _synthesise(
       library.espeak_Synth(said, len(said) + 1, 0, 1, 0, _UTF8, None, None)
       library.espeak_Terminate()
     finally:
-      _unload(library)
+      _ctypes.dlclose(library._handle)
   return chunks, events
-
-
-def _unload(library: ctypes.CDLL) -> None:
-  """Python has no public name for this."""
-  import _ctypes
-
-  _ctypes.dlclose(library._handle)
