@@ -186,12 +186,7 @@ class Decoder(nn.Module):
       )
       self.project_in = project(self.width)
       self.project_out = project(self._table)
-    self.blocks = transformer.stacked(
-        transformer.CachedBlock,
-        self.depth,
-        self.remat,
-        in_axes=(0, nn.broadcast, nn.broadcast),
-    )(
+    self._parts = dict(
         attention=functools.partial(
             attention.CachedAttention,
             self.heads,
@@ -213,6 +208,12 @@ class Decoder(nn.Module):
         norm=make_norm,
         order=self.order,
     )
+    self.blocks = transformer.stacked(
+        transformer.CachedBlock,
+        self.depth,
+        self.remat,
+        in_axes=(0, nn.broadcast, nn.broadcast),
+    )(**self._parts)
     if self.order == "pre":
       self.norm = make_norm()
     if self.readout == "own":
@@ -252,16 +253,18 @@ class Decoder(nn.Module):
       return self.embed.logits(hidden)
     return self.head(hidden)
 
-  def hidden(
+  def enter(
       self,
       tokens: jax.Array | None = None,
       embeddings: jax.Array | None = None,
       position: jax.Array | None = None,
       mask: Mask | None = None,
       state: Cache | None = None,
-      count: jax.Array | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
-    """What `logits` reads: the last block's result, normed. See `__call__`."""
+  ) -> tuple[jax.Array, Mask, rope.Rotation | None]:
+    """What the first block takes: [B, L, D], the mask and the rotation.
+
+    Arguments as of `__call__`.
+    """
     if (tokens is None) == (embeddings is None):
       raise ValueError("decoder: expected either tokens or embeddings")
     x = self.embed(tokens) if embeddings is None else embeddings
@@ -289,16 +292,41 @@ class Decoder(nn.Module):
       rotation = self.position.rotation(position, self._head_dim)
     else:
       x = x + self.position(position, self.width).astype(self.dtype)
-    (x, state), _ = self.blocks(
-        (x, state), jnp.arange(self.depth), mask, rotation
-    )
+    return x, mask, rotation
+
+  @property
+  def block(self) -> transformer.CachedBlock:
+    """One of `blocks` by itself, for others to put something between them."""
+    return transformer.CachedBlock(**self._parts, parent=None)
+
+  def leave(
+      self, x: jax.Array, state: Cache | None, count: jax.Array | None = None
+  ) -> tuple[jax.Array, Cache | None]:
+    """What `logits` reads, and the state, from what the last block gave."""
+    length = x.shape[1]
     if self.order == "pre":
       x = self.norm(x)
-    if width != self.width:
+    if self._table != self.width:
       x = self.project_out(x)
     if state is not None:
       state = state.advanced(length if count is None else count)
     return x, state
+
+  def hidden(
+      self,
+      tokens: jax.Array | None = None,
+      embeddings: jax.Array | None = None,
+      position: jax.Array | None = None,
+      mask: Mask | None = None,
+      state: Cache | None = None,
+      count: jax.Array | None = None,
+  ) -> tuple[jax.Array, Cache | None]:
+    """What `logits` reads: the last block's result, normed. See `__call__`."""
+    x, mask, rotation = self.enter(tokens, embeddings, position, mask, state)
+    (x, state), _ = self.blocks(
+        (x, state), jnp.arange(self.depth), mask, rotation
+    )
+    return self.leave(x, state, count)
 
   def __call__(
       self,
