@@ -15,6 +15,7 @@ VERBS = {
     "compile": ("compile", "compile a config for TPUs without owning any"),
     "import": ("import_", "turn a public checkpoint into a run"),
     "export": ("export", "write a run as a public checkpoint"),
+    "data": ("data", "look at data on disk, or convert it"),
     "bench": ("bench", "measure training speed"),
 }
 

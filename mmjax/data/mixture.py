@@ -35,7 +35,15 @@ class Stream:
 
   def example(self, index: int) -> Example:
     """An example as the mixture sees it."""
-    example = self.source[index]
+    return self._transformed(self.source[index])
+
+  def examples(self, indices: Sequence[int]) -> list[Example]:
+    """Several examples, in one read where the source has `read(indices)`."""
+    read = getattr(self.source, "read", None)
+    found = read(indices) if read else [self.source[i] for i in indices]
+    return [self._transformed(example) for example in found]
+
+  def _transformed(self, example: Example) -> Example:
     return example if self.transform is None else self.transform(example)
 
 
@@ -149,11 +157,17 @@ class _Reader:
     return [grain.MapDataset.range(begin, end) for begin, end in ranges]
 
   def __call__(self, addresses: Sequence[int]) -> dict[str, np.ndarray]:
-    numbers = [bisect.bisect_right(self._ends, a) for a in addresses]
-    return _stack([
-        self._streams[number].example(address - self._begins[number])
-        for number, address in zip(numbers, addresses, strict=True)
-    ])
+    places: dict[int, list[int]] = {}
+    for place, address in enumerate(addresses):
+      number = bisect.bisect_right(self._ends, address)
+      places.setdefault(number, []).append(place)
+    examples: list[Example] = [{} for _ in addresses]
+    for number, mine in places.items():
+      indices = [addresses[place] - self._begins[number] for place in mine]
+      found = self._streams[number].examples(indices)
+      for place, example in zip(mine, found, strict=True):
+        examples[place] = example
+    return _stack(examples)
 
 
 def _stream_seed(seed: int, number: int) -> int:

@@ -1,0 +1,226 @@
+"""How do the bytes of a picture, sound or video become arrays? Under limits.
+
+Whatever a decoding library says of a broken file becomes a `BadRecord`.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import io
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mmjax.data.sources import limits as limits_lib
+from mmjax.data.sources.limits import Limits
+from mmjax.data.sources.records import BadRecord, optional
+
+_CONTAINERS = {"MP4": "mp4", "MATROSKA": "matroska", "AVI": "avi"}
+
+
+class Facts(NamedTuple):
+  """What the head of a file says.
+
+  Attributes:
+    format: as in `limits`.
+    width, height: in pixels; 0 of a sound.
+    seconds: 0 of a picture.
+    detail: for people: the mode, the rate, the frames.
+  """
+
+  format: str
+  width: int
+  height: int
+  seconds: float
+  detail: str
+
+
+@contextlib.contextmanager
+def open_picture(data: bytes, limits: Limits) -> Iterator[Image.Image]:
+  """A picture that is not yet decoded; of a moving one, its first frame.
+
+  Raises:
+    BadRecord: if it cannot be opened, or, on leaving, if what was done within
+      found it broken.
+  """
+  found = limits_lib.allowed(data, limits_lib.IMAGES, limits)
+  with _broken(found), Image.open(io.BytesIO(data), formats=(found,)) as image:
+    limits.check(pixels=image.width * image.height)
+    yield image
+
+
+def picture(
+    data: bytes,
+    transform: Callable[[Image.Image, int], np.ndarray],
+    size: int,
+    limits: Limits = limits_lib.DEFAULT,
+) -> np.ndarray:
+  """`transform(picture, size)` of the picture in `data`, f32[size, size, 3]."""
+  with open_picture(data, limits) as image:
+    with _broken(image.format):
+      image.load()
+    return transform(image, size)
+
+
+def sound(
+    data: bytes, rate: int, limits: Limits = limits_lib.DEFAULT
+) -> np.ndarray:
+  """The mean of a sound's channels.
+
+  Args:
+    data: a WAV, FLAC, OGG or MP3 file.
+    rate: samples a second of the result; others are resampled (soxr, HQ).
+    limits: what it may cost.
+
+  Returns:
+    f32[T] in about [-1, 1].
+  """
+  with _open_sound(data, limits) as (found, file):
+    # The head may promise less than there is.
+    most = int(limits.seconds * file.samplerate) + 1
+    with _broken(found):
+      samples = file.read(most, dtype="float32", always_2d=True)
+    limits.check(seconds=len(samples) / file.samplerate)
+    own = file.samplerate
+  if not len(samples):
+    raise BadRecord(f"{found}: no samples")
+  return resample(samples.mean(axis=1), own, rate)
+
+
+def resample(samples: np.ndarray, own: int, rate: int) -> np.ndarray:
+  """f32[T] at `own` samples a second to f32[T'] at `rate`."""
+  if own == rate:
+    return samples
+  soxr = optional("soxr", "resampling")
+  return soxr.resample(samples, own, rate, quality="HQ").astype(np.float32)
+
+
+def video(
+    data: bytes,
+    frames: int,
+    transform: Callable[[Image.Image, int], np.ndarray],
+    size: int,
+    limits: Limits = limits_lib.DEFAULT,
+) -> np.ndarray:
+  """Frames of a video: the middles of `frames` equal spans of its time.
+
+  Returns:
+    f32[frames, size, size, 3].
+  """
+  with _open_video(data, limits) as (found, container, stream):
+    with _broken(found):
+      times = _times(container, stream, limits)
+      span = (times[-1] - times[0]) / max(len(times) - 1, 1) * len(times)
+      wanted = [times[0] + (k + 0.5) * span / frames for k in range(frames)]
+      container.seek(0)
+      kept = [
+          transform(frame.to_image(), size)
+          for frame in _shown_at(container.decode(stream), wanted, limits)
+      ]
+    if len(kept) < frames:
+      raise BadRecord(f"{found}: no frame can be decoded")
+    return np.stack(kept)
+
+
+def facts(data: bytes, limits: Limits = limits_lib.DEFAULT) -> Facts | None:
+  """What a file is, by its head alone; None if it is no medium.
+
+  Raises:
+    BadRecord: if the head is broken or promises too much.
+  """
+  found = limits_lib.kind(data)
+  if found in limits_lib.IMAGES:
+    with open_picture(data, limits) as image:
+      return Facts(found, image.width, image.height, 0.0, image.mode)
+  if found in limits_lib.SOUNDS:
+    with _open_sound(data, limits) as (_, file):
+      seconds = file.frames / file.samplerate
+      detail = f"{file.samplerate} Hz, {file.channels} ch"
+      return Facts(found, 0, 0, seconds, detail)
+  if found in limits_lib.VIDEOS:
+    with _open_video(data, limits) as (_, container, stream), _broken(found):
+      width, height = stream.codec_context.width, stream.codec_context.height
+      times = _times(container, stream, limits)
+      seconds = times[-1] - times[0]
+      return Facts(found, width, height, seconds, f"{len(times)} frames")
+  return None
+
+
+@contextlib.contextmanager
+def _broken(found: str) -> Iterator[None]:
+  """Turns whatever a decoder raises into a `BadRecord`."""
+  try:
+    yield
+  except BadRecord:
+    raise
+  except MemoryError:
+    raise
+  except Exception as error:
+    reason = str(error).split("\n")[0] or type(error).__name__
+    raise BadRecord(f"{found}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _open_sound(data: bytes, limits: Limits) -> Iterator[tuple[str, Any]]:
+  soundfile = optional("soundfile", "reading sounds")
+  found = limits_lib.allowed(data, limits_lib.SOUNDS, limits)
+  with _broken(found):
+    file = soundfile.SoundFile(io.BytesIO(data))
+  with file:
+    limits.check(rate=file.samplerate, channels=file.channels)
+    limits.check(seconds=file.frames / file.samplerate)
+    yield found, file
+
+
+@contextlib.contextmanager
+def _open_video(
+    data: bytes, limits: Limits
+) -> Iterator[tuple[str, Any, Any]]:
+  av = optional("av", "reading videos")
+  found = limits_lib.allowed(data, limits_lib.VIDEOS, limits)
+  with _broken(found):
+    # The container is named: others can refer to files and addresses.
+    container = av.open(io.BytesIO(data), format=_CONTAINERS[found])
+  with container:
+    if not container.streams.video:
+      raise BadRecord(f"{found}: no video in it")
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    limits.check(pixels=context.width * context.height)
+    # The threads of the loader are enough.
+    context.thread_count = 1
+    yield found, container, stream
+
+
+def _times(container: Any, stream: Any, limits: Limits) -> list[float]:
+  """When the frames are shown, in seconds; nothing is decoded."""
+  times = []
+  for packet in container.demux(stream):
+    if packet.pts is not None:
+      times.append(float(packet.pts * packet.time_base))
+      limits.check(frames=len(times))
+  if not times:
+    raise BadRecord("no frames")
+  times.sort()
+  limits.check(seconds=times[-1] - times[0])
+  return times
+
+
+def _shown_at(
+    frames: Iterator[Any], wanted: list[float], limits: Limits
+) -> Iterator[Any]:
+  """For each time the last frame that is not later, else the first frame."""
+  todo, shown = iter([*wanted, math.inf]), None
+  time = next(todo)
+  for frame in frames:
+    limits.check(pixels=frame.width * frame.height)
+    while shown is not None and (frame.time or 0.0) > time:
+      yield shown
+      time = next(todo)
+    shown = frame
+    if time == math.inf:
+      return
+  while shown is not None and time < math.inf:
+    yield shown
+    time = next(todo)
