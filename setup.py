@@ -41,7 +41,18 @@ setuptools.setup(
     ],
     extras_require={
         "data": ["tensorflow-datasets>=4.9.10"],
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "scipy"],
+        "test": [
+            "hypothesis",
+            "ipykernel",
+            "matplotlib",
+            "nbclient",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "scipy",
+        ],
+        # What the notebooks need besides.
+        "colab": ["huggingface_hub", "ipykernel", "matplotlib"],
         # Compiles for TPU slices on any Linux machine.
         "compile": ["jax[tpu]"],
         # Compiles the GPU kernels for Hopper, likewise without one.
