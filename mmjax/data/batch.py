@@ -124,6 +124,11 @@ KEYS: dict[str, Spec] = {
         ("B", "N"),
         "Index of the token whose state stands for the text of each picture.",
     ),
+    "kind": Spec(
+        "int32",
+        ("B",),
+        "Which data set of a mixture an example is from, from 0.",
+    ),
     "valid": Spec("float32", ("B",), "1 for an example, 0 for a padding row."),
 }
 

@@ -1,6 +1,6 @@
 """How surprised is a language model? Next-token cross-entropy, in chunks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import chex
 import jax
@@ -36,6 +36,60 @@ def next_token(
   Returns:
     `next_token` (nats) and `accuracy`, both per unit of weight.
   """
+  loss, right, weight = _by_row(
+      logits, hidden, tokens, weight, chunks, smoothing
+  )
+  total = weight.sum()
+  return {
+      "next_token": Term(loss.sum(), total),
+      "accuracy": Term(right.sum(), total),
+  }
+
+
+def next_token_by_kind(
+    logits: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    tokens: jax.Array,
+    weight: jax.Array,
+    kind: jax.Array,
+    names: Sequence[str],
+    *,
+    chunks: int = 1,
+) -> dict[str, Term]:
+  """As `next_token`, with terms of its own for each data set of a mixture.
+
+  Args:
+    logits: see `next_token`, as the others.
+    hidden: [B, L, D].
+    tokens: i32[B, L].
+    weight: f32[B, L].
+    kind: i32[B], the data set that a row is from.
+    names: of the data sets 0, 1, ...
+    chunks: how many parts.
+
+  Returns:
+    `next_token_<name>` and `accuracy_<name>` of each data set, per unit of
+    its own weight.
+  """
+  chex.assert_shape(kind, tokens.shape[:1])
+  rows = _by_row(logits, hidden, tokens, weight, chunks, 0.0)
+  terms = {}
+  for number, name in enumerate(names):
+    loss, right, total = (jnp.where(kind == number, x, 0).sum() for x in rows)
+    terms[f"next_token_{name}"] = Term(loss, total)
+    terms[f"accuracy_{name}"] = Term(right, total)
+  return terms
+
+
+def _by_row(
+    logits: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    tokens: jax.Array,
+    weight: jax.Array,
+    chunks: int,
+    smoothing: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Sums of loss, right guesses and weight of each row, all f32[B]."""
   chex.assert_equal_shape([tokens, weight])
   chex.assert_equal_shape_prefix([hidden, tokens], 2)
   labels = jnp.roll(tokens, -1, axis=1)
@@ -46,7 +100,7 @@ def next_token(
     found = logits(hidden)
     loss = softmax_cross_entropy(found, labels, smoothing=smoothing)
     right = found.argmax(axis=-1) == labels
-    return (weight * loss).sum(), (weight * right).sum()
+    return (weight * loss).sum(axis=1), (weight * right).sum(axis=1)
 
   operands = hidden, labels, weight
   if chunks == 1:
@@ -54,9 +108,8 @@ def next_token(
   else:
     split = lambda x: _split(x, chunks)
     sums = jax.lax.map(jax.checkpoint(part), jax.tree.map(split, operands))
-    loss, right = (x.sum() for x in sums)
-  total = weight.sum()
-  return {"next_token": Term(loss, total), "accuracy": Term(right, total)}
+    loss, right = (x.sum(axis=0) for x in sums)
+  return loss, right, weight.sum(axis=1)
 
 
 def _split(x: jax.Array, chunks: int) -> jax.Array:

@@ -41,6 +41,7 @@ class Binding:
     transforms: between a slice and its part of the tensor, one per path.
     parts: shapes of the parts, one per path. The tensor is their
       concatenation along axis 0.
+    spare: see `layout.Rule`.
   """
 
   name: str
@@ -48,6 +49,7 @@ class Binding:
   index: tuple[int, ...]
   transforms: tuple[Transform, ...]
   parts: tuple[Shape, ...]
+  spare: bool = False
 
   @property
   def slots(self) -> list[Slot]:
@@ -182,6 +184,8 @@ def match(
   chosen: dict[str, dict[tuple[int, ...], Binding]] = {p: {} for p in abstract}
   for (path, index), spellings in wanted.items():
     found = [b for b in spellings if b.name in source.tensors]
+    if len(found) > 1:
+      found = [b for b in found if not b.spare] or found
     if not found:
       names = " or ".join(b.name for b in spellings)
       shape = _show(spellings[0].shape, abstract[path].dtype)
@@ -229,7 +233,14 @@ def expand(table: Table, abstract: Mapping[str, Any]) -> list[Binding]:
         for transform, shape in zip(rule.transforms, shapes, strict=True)
     )
     bindings += [
-        Binding(rule.name(index), rule.paths, index, rule.transforms, parts)
+        Binding(
+            rule.name(index),
+            rule.paths,
+            index,
+            rule.transforms,
+            parts,
+            rule.spare,
+        )
         for index in np.ndindex(*shapes[0][:depth])
     ]
   return bindings

@@ -35,11 +35,14 @@ class Rule:
       are concatenated along axis 0 (a fused query-key-value projection).
     transform: between one part of their tensor and one slice of our leaf; a
       tuple if the parts differ, one for each.
+    spare: whether this is a second name that a checkpoint may keep beside the
+      first for the same tensor: it is read only where the first is not there.
   """
 
   source: str
   target: str | tuple[str, ...]
   transform: Transform | tuple[Transform, ...] = transforms.IDENTITY
+  spare: bool = False
 
   def __post_init__(self) -> None:
     axes = {tuple(_AXIS.findall(target)) for target in self._targets}
@@ -235,3 +238,23 @@ class Layout:
   config: Callable[[Any], dict[str, Any]]
   table: Callable[[Any], Table]
   inputs: Callable[[Any], dict[str, Any]]
+
+
+def below(table: Table, target: str) -> list[Rule | Ignore]:
+  """The rules of a table for a system that is a part of another.
+
+  Args:
+    table: of the part alone.
+    target: where the part stands, ending in a slash.
+  """
+
+  def moved(rule: Rule | Ignore) -> Rule | Ignore:
+    if isinstance(rule, Ignore):
+      return rule
+    single = isinstance(rule.target, str)
+    inner = target + rule.target if single else tuple(
+        target + path for path in rule.target
+    )
+    return dataclasses.replace(rule, target=inner)
+
+  return [moved(rule) for rule in table]
