@@ -88,12 +88,30 @@ class Deck:
       self, position: int, size: int, look: Look, dice: Dice
   ) -> np.ndarray:
     """A picture of one digit, f32[size, size, 3]."""
+    return self.posed(position, size, look, dice)[0]
+
+  def posed(
+      self,
+      position: int,
+      size: int,
+      look: Look,
+      dice: Dice,
+      shift: tuple[float, float] = (0.0, 0.0),
+  ) -> tuple[np.ndarray, render.Pose]:
+    """As `draw`, and how the digit stands, so that more can be drawn alike.
+
+    Args:
+      position: of the digit in the split's `Hand`.
+      size: side of the picture in pixels.
+      look: what is shown.
+      dice: draw the ground and the digit.
+      shift: moves the digit right and down, in fractions of the side.
+    """
     image = render.background(size, look.ground, dice)
-    centre = (
-        0.5 + dice.between(-_STRAY, _STRAY),
-        0.5 + dice.between(-_STRAY, _STRAY),
+    centre = tuple(
+        0.5 + dice.between(-_STRAY, _STRAY) + along for along in shift
     )
-    render.draw(
+    pose = render.draw(
         image,
         digits.hand(self.split).glyphs[position],
         look.colour,
@@ -103,7 +121,7 @@ class Deck:
         dice,
         self.warp,
     )
-    return image
+    return image, pose
 
   def draw_scene(
       self,
