@@ -178,5 +178,7 @@ def base() -> ml_collections.ConfigDict:
           keep_checkpoints=2,
           # Stop after so many steps in a row that were not finite.
           abort_after=10,
+          # Go back where the loss jumps: see `train.spikes.Policy`.
+          rewind=dict(spike=0.0, window=100, back=100, skip=100, most=3),
       )
   )

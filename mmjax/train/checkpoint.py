@@ -1,20 +1,27 @@
 """What survives a run, and how does it go on?
 
 A run directory holds `config.json` and `checkpoints/<step>/`, each with the
-train state, the state of the data iterator and a few facts about the run.
+train state, the state of the data iterator, a few facts about the run and the
+digests of its files.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
 import json
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mmjax import config as config_lib
+from mmjax.train import integrity
 from mmjax.train.state import TrainState, flat, nest
 
 # Config keys that change neither the mathematics nor the data: a run may be
@@ -29,7 +36,11 @@ FREE_KEYS = (
     "loader_threads",
     "log_every",
     "mesh",
+    "rewind",
 )
+
+# How the storage library calls a checkpoint that is not whole yet.
+_DRAFT = ".orbax-checkpoint-tmp"
 
 
 # --- the run directory --------------------------------------------------------
@@ -78,11 +89,18 @@ def check_workdir(
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise ValueError(f"workdir {workdir}: cannot make it: {error}") from error
-  if not os.access(workdir, os.W_OK | os.X_OK):
-    raise ValueError(f"workdir {workdir}: no permission to write there")
+  try:
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as error:
+    raise ValueError(
+        f"workdir {workdir}: cannot write there: {error}"
+    ) from error
   if not (workdir / "config.json").exists():
     return
-  old, new = leaves(stored_config(workdir)), leaves(resolved(config))
+  # A key that is newer than the run has had its default.
+  stored = resolved(config_lib.base()) | stored_config(workdir)
+  old, new = leaves(stored), leaves(resolved(config))
   free = {*FREE_KEYS, *allow}
   differing = [
       f"  {key}: {old.get(key, 'absent')!r} there, "
@@ -146,10 +164,15 @@ def _path(keys: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+class CheckpointError(OSError):
+  """A checkpoint could not be written; those before it are whole."""
+
+
 class Checkpoints:
   """The checkpoints of a run, written in the background.
 
   Close it, or use it in a `with` statement: only then is the last one whole.
+  A checkpoint is verified before anything of it is read.
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int | None = None) -> None:
@@ -160,10 +183,16 @@ class Checkpoints:
       keep: how many of the newest to keep; all by default.
     """
     self._folder = workdir / "checkpoints"
+    self._verified: set[int] = set()
+    self._saving: int | None = None
     self._manager = ocp.CheckpointManager(
         self._folder,
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            # Called by one process, before a checkpoint gets its final name.
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._seal
+            ),
         ),
         item_handlers={
             "state": ocp.PyTreeCheckpointHandler(),
@@ -175,12 +204,21 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *unused: Any) -> None:
-    self._manager.close()
+  def __exit__(self, kind: type[BaseException] | None, *unused: Any) -> None:
+    try:
+      with self._writing():
+        self._manager.close()
+    except CheckpointError:
+      if kind is None:  # Else there is an error already, and it came first.
+        raise
 
   def newest(self) -> int | None:
-    """The step of the newest checkpoint, or None."""
+    """The step of the newest checkpoint, or None; it may be damaged."""
     return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    """The steps of all checkpoints, in order."""
+    return sorted(self._manager.all_steps())
 
   def step(self, step: int | None = None) -> int:
     """`step`, or that of the newest checkpoint.
@@ -188,7 +226,7 @@ class Checkpoints:
     Raises:
       FileNotFoundError: if there is no such checkpoint, naming those there are.
     """
-    steps = sorted(self._manager.all_steps())
+    steps = self.steps()
     if step is None and steps:
       return steps[-1]
     if step not in steps:
@@ -196,6 +234,52 @@ class Checkpoints:
       raise FileNotFoundError(
           f"{self._folder}: expected {wanted}, found steps {steps}"
       )
+    return step
+
+  def recover(self, say: Callable[[str], None] = print) -> int | None:
+    """Makes a run ready to go on from whatever a killed one left.
+
+    Damaged checkpoints behind the newest whole one move to `damaged/`, as they
+    are, and unfinished ones are removed. To be called by all processes, and by
+    nobody else while a run writes here.
+
+    Args:
+      say: is told what moved.
+
+    Returns:
+      The step of the newest whole checkpoint, or None if there never was one.
+
+    Raises:
+      ValueError: if there are checkpoints and none is whole; then nothing is
+        touched.
+    """
+    whole = _once(lambda: self._sort_out(say))
+    self._manager.reload()
+    return None if whole == _NONE else whole
+
+  def _sort_out(self, say: Callable[[str], None]) -> int:
+    damaged: dict[int, str] = {}
+    for step in reversed(self.steps()):
+      try:
+        self._verify(step)
+        break
+      except ValueError as error:
+        damaged[step] = str(error)
+    else:
+      step = _NONE
+    if damaged and step == _NONE:
+      raise ValueError(
+          "\n".join(damaged.values())
+          + f"\nNo checkpoint of {self._folder} is whole, and nothing was "
+          "written there. Bring one back from a copy, or take another --workdir"
+      )
+    for bad, why in damaged.items():
+      place = _free(self._folder.parent / "damaged" / str(bad))
+      place.parent.mkdir(exist_ok=True)
+      (self._folder / str(bad)).rename(place)
+      say(f"{why}\nIt is now {place}; going back to step {step:,}")
+    for draft in self._folder.glob(f"*{_DRAFT}*"):
+      shutil.rmtree(draft)
     return step
 
   def save(
@@ -212,22 +296,66 @@ class Checkpoints:
       state: after `step` steps.
       data: JSON, the state of the data iterator, the same on all processes.
       facts: JSON, anything else.
+
+    Raises:
+      CheckpointError: if this one, or the one before, cannot be written.
     """
     if step == self.newest():
       return
-    self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.PyTreeSave(to_tree(state)),
-            data=ocp.args.JsonSave(data),
-            facts=ocp.args.JsonSave(dict(facts)),
-        ),
-        force=True,
-    )
+    with self._writing():
+      # The checkpoint before may still be on its way.
+      self._manager.wait_until_finished()
+      self._saving = step
+      self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.PyTreeSave(to_tree(state)),
+              data=ocp.args.JsonSave(data),
+              facts=ocp.args.JsonSave(dict(facts)),
+          ),
+          force=True,
+      )
 
   def wait(self) -> None:
-    """Returns when the last checkpoint is whole."""
-    self._manager.wait_until_finished()
+    """Returns when the last checkpoint is whole; raises as `save` does."""
+    with self._writing():
+      self._manager.wait_until_finished()
+
+  def delete(self, step: int) -> None:
+    """Removes a checkpoint."""
+    self._manager.delete(step)
+    self._verified.discard(step)
+
+  def _seal(self) -> None:
+    (draft,) = self._folder.glob(f"{self._saving}{_DRAFT}*")
+    integrity.write_digests(pathlib.Path(draft))
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Says of any failure what it means for the run."""
+    try:
+      yield
+    except Exception as error:  # The storage library has no type of its own.
+      raise CheckpointError(
+          f"{self._folder / str(self._saving)}: cannot write this checkpoint: "
+          f"{_first_line(error)}\nThose before it are whole: make room, and "
+          "the same command continues from there"
+      ) from error
+
+  def _verify(self, step: int) -> None:
+    """Refuses a checkpoint that is damaged or leaves its directory."""
+    if step in self._verified:
+      return
+    folder = self._folder / str(step)
+    integrity.check_closed(folder)
+    found = integrity.damage(folder)
+    if found:
+      raise ValueError(f"{folder} is damaged: {'; '.join(found)}")
+    self._verified.add(step)
+
+  def _check(self, step: int) -> None:
+    """`_verify` by one process, on behalf of all."""
+    _once(lambda: self._verify(step) or step)
 
   def restore(self, abstract: TrainState, step: int) -> TrainState:
     """Reads a state straight into the shardings of `abstract`.
@@ -238,7 +366,7 @@ class Checkpoints:
       step: of the checkpoint.
 
     Raises:
-      ValueError: naming all missing and misshaped leaves.
+      ValueError: naming all missing and misshaped leaves, or what is damaged.
     """
     wanted, stored = flat(to_tree(abstract)), self.shapes(step)
     found = faults(wanted, stored)
@@ -253,9 +381,10 @@ class Checkpoints:
     """path -> shape of the stored leaves.
 
     Raises:
-      ValueError: if the checkpoint names files outside its directory.
+      ValueError: if the checkpoint is damaged, or names files outside its
+        directory.
     """
-    check_closed(self._folder / str(step) / "state")
+    self._check(step)
     stored = self._manager.item_metadata(step)["state"].tree
     return {path: tuple(leaf.shape) for path, leaf in flat(stored).items()}
 
@@ -263,6 +392,7 @@ class Checkpoints:
       self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int
   ) -> dict[str, jax.Array]:
     """Reads the leaves of some stored paths."""
+    self._check(step)
     tree = nest(wanted)
     args = ocp.args.PyTreeRestore(
         item=tree,
@@ -274,6 +404,7 @@ class Checkpoints:
 
   def read_json(self, step: int) -> tuple[Any, dict[str, Any]]:
     """The `data` and the `facts` of `save`."""
+    self._check(step)
     found = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -294,21 +425,32 @@ def faults(
   ]
 
 
-def check_closed(folder: pathlib.Path) -> None:
-  """Refuses a checkpoint whose keys or links lead outside its directory.
+# Answers beside the number of a step.
+_NONE, _FAILED = -1, -2
 
-  Keys of the metadata become parts of file paths, so an absolute one, or one
-  with "..", would make the storage library read any file.
-  """
-  metadata = json.loads((folder / "_METADATA").read_text())
-  keys = {
-      str(part["key"])
-      for entry in metadata["tree_metadata"].values()
-      for part in entry["key_metadata"]
-  }
-  bad = sorted(k for k in keys if "/" in k or "\\" in k or k in ("", ".", ".."))
-  bad += sorted(str(p) for p in folder.rglob("*") if p.is_symlink())
-  if bad:
-    raise ValueError(
-        f"{folder}: refused, these keys or links may lead outside of it: {bad}"
-    )
+
+def _once(function: Callable[[], int]) -> int:
+  """What a function returns, or raises, on the first process; on all."""
+  answer, error = _FAILED, None
+  if jax.process_index() == 0:
+    try:
+      answer = function()
+    except ValueError as found:
+      error = found
+  answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+  if answer == _FAILED:
+    raise error or ValueError("checkpoint refused; process 0 says why")
+  return answer
+
+
+def _free(path: pathlib.Path) -> pathlib.Path:
+  """`path`, or the first of `path-1`, `path-2`... that does not exist."""
+  number, found = 0, path
+  while found.exists():
+    number += 1
+    found = path.with_name(f"{path.name}-{number}")
+  return found
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error) or repr(error)).splitlines()[0]

@@ -65,22 +65,38 @@ class TensorBoard:
   """Event files under `tensorboard/`; those beyond `last_step` become void."""
 
   def __init__(self, workdir: pathlib.Path, last_step: int) -> None:
-    import tensorboardX  # Slow to import, and only the first process needs it.
+    # Slow to import, and only the first process needs them. The writer that
+    # the package documents hands events to a thread, and waits for it for ever
+    # once it has died of a full disk.
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
 
-    self._writer = tensorboardX.SummaryWriter(
-        str(workdir / "tensorboard"), purge_step=last_step + 1
+    self._summary, self._protos = summary, event_pb2
+    folder = workdir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    self._events = event_file_writer.EventsWriter(
+        str(folder / "events"), f".{time.time_ns():x}"
+    )
+    begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(last_step + 1, session_log=begin)
+
+  def _add(self, step: int, **what: Any) -> None:
+    self._events.write_event(
+        self._protos.Event(wall_time=time.time(), step=step, **what)
     )
 
   def write(self, step: int, scalars: Scalars, figures: Figures) -> None:
     """Adds events."""
     for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+      self._add(step, summary=self._summary.scalar(name, value))
     for name, picture in figures.items():
-      self._writer.add_image(name, picture, step, dataformats="HWC")
+      found = self._summary.image(name, picture, dataformats="HWC")
+      self._add(step, summary=found)
+    self._events.flush()
 
   def close(self) -> None:
     """Flushes and closes the event file."""
-    self._writer.close()
+    self._events.close()
 
 
 class WeightsAndBiases:
@@ -142,7 +158,10 @@ def keep_lines(path: pathlib.Path, last_step: int) -> None:
       return False
 
   lines = path.read_text().splitlines(keepends=True)
-  path.write_text("".join(line for line in lines if stays(line)))
+  # A reader, or a run that dies here, finds the old file or the new one.
+  draft = path.with_name(path.name + ".tmp")
+  draft.write_text("".join(line for line in lines if stays(line)))
+  draft.replace(path)
 
 
 class Meter:
