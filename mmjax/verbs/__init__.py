@@ -4,8 +4,11 @@ A verb is a module with `main(argv) -> exit code`. Exit codes:
 
   0    done
   1    the command, the config or some input is wrong; one message says how
-  3    training stopped: too many steps in a row were not finite
+  3    training stopped: too many steps in a row were not finite, or the loss
+       jumped too often
   4    a compiled step does not fit the memory of the chips
+  5    another process of the job has ended; the state is that of the last
+       checkpoint
   130  SIGINT stopped training; the state is saved
   143  SIGTERM stopped training; the state is saved
 """

@@ -4,7 +4,8 @@ Trains a config, or continues the run that is in DIR. DIR gets config.json,
 checkpoints/, metrics.jsonl, tensorboard/, figures/ and, at the end,
 results.json. SIGTERM and SIGINT (Ctrl-C) save before the process ends; the same
 command continues. Exit codes: 0 done, 1 wrong input, 3 too many steps in a row
-were not finite, 130 SIGINT, 143 SIGTERM.
+were not finite or too many losses jumped, 5 another process of the job ended,
+130 SIGINT, 143 SIGTERM.
 """
 
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def _train(values: flags.FlagValues) -> int:
         wandb=values.wandb,
         allow=values.allow,
     )
-  except loop.NotFiniteError as error:
+  except (loop.NotFiniteError, loop.UnstableError) as error:
     print(f"error: {error}", file=sys.stderr)
     return verbs.NOT_FINITE
   except stopper.InterruptedRun as stop:
