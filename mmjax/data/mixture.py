@@ -10,6 +10,7 @@ any number of processes can resume from.
 import bisect
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import itertools
 
 import grain
@@ -17,6 +18,9 @@ import numpy as np
 
 from mmjax.data import batch as batch_lib
 from mmjax.data.batch import Example, Source
+
+# The longest epoch whose order is kept as a table.
+_TABLE = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ def batches(
   rows = batch_size // process_count
   reader = _Reader(streams)
   parts = [
-      addresses.shuffle(_stream_seed(seed, number)).repeat()
+      _shuffled(addresses, _stream_seed(seed, number))
       for number, addresses in enumerate(reader.addresses())
   ]
   mixed = grain.MapDataset.mix(parts, [stream.weight for stream in streams])
@@ -168,6 +172,25 @@ class _Reader:
       for place, example in zip(mine, found, strict=True):
         examples[place] = example
     return _stack(examples)
+
+
+def _shuffled(
+    addresses: grain.MapDataset[int], seed: int
+) -> grain.MapDataset[int]:
+  """Endless epochs, each in an order of its own."""
+  count = len(addresses)
+  if count > _TABLE:
+    return addresses.shuffle(seed).repeat()
+  # Grain finds a place in a short order by trial: 0.2 ms of 500, 3 ms of 20.
+  begin = addresses[0]
+  return addresses.repeat().map_with_index(
+      lambda i, _: begin + int(_order(count, seed, i // count)[i % count])
+  )
+
+
+@functools.lru_cache(maxsize=32)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def _stream_seed(seed: int, number: int) -> int:

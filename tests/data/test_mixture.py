@@ -44,6 +44,16 @@ def test_an_epoch_has_every_example_once_and_its_own_order():
   assert first != second and first != list(range(12))
 
 
+def test_long_epochs_are_shuffled_without_a_table(monkeypatch):
+  short = flat(take(make(), 6))
+  monkeypatch.setattr(mixture, "_TABLE", 11)
+  long = flat(take(make(), 6))
+  assert long != short
+  assert sorted(long[:12]) == sorted(long[12:]) == list(range(12))
+  assert long[:12] != long[12:] != list(range(12))
+  assert flat(take(make(start=3), 3)) == long[12:]
+
+
 def test_the_seed_alone_decides():
   rows = take(make(), 6)
   assert take(make(threads=2), 6) == take(make(threads=0), 6) == rows
