@@ -116,7 +116,8 @@ class Sound:
     """f32[samples]."""
     value = find(record, self.field)
     if isinstance(value, (bytes, bytearray, memoryview)):
-      wave = media.sound(value, self.rate, self.limits)
+      seconds = self.samples / self.rate
+      wave = media.sound(value, self.rate, self.limits, seconds)
     else:
       wave = self._from_array(np.asarray(value))
     wave = wave[: self.samples]

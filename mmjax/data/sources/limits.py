@@ -43,8 +43,8 @@ class Limits:
 
   size: int = 256 * 2**20
   pixels: int = 64_000_000
-  seconds: float = 3600.0
-  rate: int = 384_000
+  seconds: float = 1800.0
+  rate: int = 192_000
   channels: int = 16
   frames: int = 200_000
 

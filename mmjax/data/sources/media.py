@@ -16,6 +16,10 @@ from mmjax.data.sources import limits as limits_lib
 from mmjax.data.sources.limits import Limits
 from mmjax.data.sources.records import BadRecord, optional
 
+# Samples that are decoded at once, and seconds that a resampler looks ahead.
+_BLOCK = 2**16
+_AHEAD = 0.1
+
 _CONTAINERS = {"MP4": "mp4", "MATROSKA": "matroska", "AVI": "avi"}
 
 
@@ -64,7 +68,10 @@ def picture(
 
 
 def sound(
-    data: bytes, rate: int, limits: Limits = limits_lib.DEFAULT
+    data: bytes,
+    rate: int,
+    limits: Limits = limits_lib.DEFAULT,
+    seconds: float = math.inf,
 ) -> np.ndarray:
   """The mean of a sound's channels.
 
@@ -72,20 +79,26 @@ def sound(
     data: a WAV, FLAC, OGG or MP3 file.
     rate: samples a second of the result; others are resampled (soxr, HQ).
     limits: what it may cost.
+    seconds: of the beginning, at least, that are wanted; a little more is read,
+      since a resampler looks ahead.
 
   Returns:
     f32[T] in about [-1, 1].
   """
-  with _open_sound(data, limits) as (found, file):
-    # The head may promise less than there is.
-    most = int(limits.seconds * file.samplerate) + 1
-    with _broken(found):
-      samples = file.read(most, dtype="float32", always_2d=True)
-    limits.check(seconds=len(samples) / file.samplerate)
+  with _open_sound(data, limits) as (found, file), _broken(found):
     own = file.samplerate
-  if not len(samples):
+    # The head may promise more than there is, or less.
+    most = int(min(seconds + _AHEAD, limits.seconds + 1) * own)
+    parts, count = [], 0
+    while count < most and len(
+        part := file.read(min(_BLOCK, most - count), "float32", always_2d=True)
+    ):
+      parts.append(part.mean(axis=1))
+      count += len(part)
+    limits.check(seconds=count / own)
+  if not parts:
     raise BadRecord(f"{found}: no samples")
-  return resample(samples.mean(axis=1), own, rate)
+  return resample(np.concatenate(parts), own, rate)
 
 
 def resample(samples: np.ndarray, own: int, rate: int) -> np.ndarray:
@@ -168,8 +181,9 @@ def _open_sound(data: bytes, limits: Limits) -> Iterator[tuple[str, Any]]:
   with _broken(found):
     file = soundfile.SoundFile(io.BytesIO(data))
   with file:
-    limits.check(rate=file.samplerate, channels=file.channels)
-    limits.check(seconds=file.frames / file.samplerate)
+    with _broken(found):
+      limits.check(rate=file.samplerate, channels=file.channels)
+      limits.check(seconds=file.frames / file.samplerate)
     yield found, file
 
 

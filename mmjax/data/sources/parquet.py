@@ -125,7 +125,9 @@ class Parquet:
       try:
         if file not in self._open:
           pq = optional("pyarrow.parquet", "reading Parquet")
-          self._open[file] = pq.ParquetFile(self.paths[file])
+          self._open[file] = pq.ParquetFile(
+              self.paths[file], page_checksum_verification=True
+          )
         own = [name for name in self.fields if name in self._columns[file]]
         table = self._open[file].read_row_group(
             number, columns=own, use_threads=False

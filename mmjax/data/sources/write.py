@@ -189,7 +189,12 @@ def _write_parquet(
     except (ValueError, TypeError) as error:
       raise ValueError(f"column {name!r}: unlike values: {error}") from None
   table = pa.table({k: v for k, v in columns.items() if v.null_count < len(v)})
-  pq.write_table(table, f"{path}.parquet", row_group_size=ROW_GROUP)
+  pq.write_table(
+      table,
+      f"{path}.parquet",
+      row_group_size=ROW_GROUP,
+      write_page_checksum=True,
+  )
 
 
 def _cell(value: Any) -> Any:
