@@ -6,6 +6,7 @@ temperature, top-k, top-p, min-p. A removed token has the logit -inf.
 """
 
 from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -77,3 +78,31 @@ def min_p(logits: jax.Array, p: float) -> jax.Array:
   probabilities = jax.nn.softmax(logits, axis=-1)
   floor = p * probabilities.max(axis=-1, keepdims=True)
   return jnp.where(probabilities < floor, -jnp.inf, logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """The processor that multiplies the logit of one token by a factor.
+
+  Above 1 it makes a token whose logit is positive likelier (FROMAGe's [RET]).
+  """
+
+  token: int
+  factor: float
+
+  def __call__(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
+    """Changes one column of f32[B, V]."""
+    del seen  # What came before does not matter.
+    return logits.at[:, self.token].multiply(self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forbidden:
+  """The processor that never lets one token come."""
+
+  token: int
+
+  def __call__(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
+    """Changes one column of f32[B, V]."""
+    del seen  # What came before does not matter.
+    return logits.at[:, self.token].set(-jnp.inf)
