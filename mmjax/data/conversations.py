@@ -11,7 +11,7 @@ import numpy as np
 
 from mmjax.data.batch import Example
 from mmjax.data.pack import Document
-from mmjax.data.templates import Conversation, Formatter
+from mmjax.data.templates import IMAGE, Conversation, Formatter
 
 _KEYS = ("image", "images")
 
@@ -73,7 +73,7 @@ class Written:
           "pictures: take key='images'"
       )
     self.source = source
-    self._formatter = formatter
+    self.formatter = formatter
     self._key = key
 
   def __len__(self) -> int:
@@ -81,14 +81,19 @@ class Written:
 
   def __getitem__(self, index: int) -> Example:
     conversation = self.source.conversation(index)
-    row = self._formatter.row(conversation, self.source.shown)
+    row = self.formatter.row(conversation, self.source.shown)
     return self._finish(row, index)
 
   def prompt(self, index: int) -> Example:
     """The same example up to where its last answer begins."""
     conversation = self.source.conversation(index)[:-1]
-    row = self._formatter.prompt(conversation, self.source.shown)
+    row = self.formatter.prompt(conversation, self.source.shown)
     return self._finish(row, index)
+
+  def question(self, index: int) -> str:
+    """What is said before `answer`, without the pictures."""
+    turns = self.source.conversation(index)[:-1]
+    return turns[-1].text.replace(IMAGE, "").strip() if turns else ""
 
   def answer(self, index: int) -> str:
     """What the assistant should say after `prompt`."""
@@ -97,7 +102,7 @@ class Written:
   def document(self, index: int) -> Document:
     """The text of an example, for `pack.Packed`."""
     conversation = self.source.conversation(index)
-    return self._formatter.document(conversation, self.source.shown)
+    return self.formatter.document(conversation, self.source.shown)
 
   def pictures(self, index: int) -> np.ndarray:
     """The pictures of an example, f32[shown, H, W, 3]."""

@@ -242,5 +242,57 @@ class Packed:
     return example
 
 
+class Filled:
+  """Rows of text from a source that is too long to be planned.
+
+  Row i holds the documents from `each` * i on, as many as fit; what is left of
+  its share is not read. Keys: those of `row`.
+  """
+
+  def __init__(
+      self, source: Documents, length: int, each: int, pad_id: int = 0
+  ) -> None:
+    """Reads nothing yet.
+
+    Args:
+      source: the documents; their pictures are not drawn.
+      length: tokens that a row holds.
+      each: documents that a row may hold.
+      pad_id: the token behind the last document of a row.
+
+    Raises:
+      ValueError: if an argument cannot be.
+    """
+    if length < 1 or not 1 <= each <= len(source):
+      raise ValueError(
+          f"packing: length={length}, each={each}: expected at least 1, and at "
+          f"most {len(source)} documents in a row"
+      )
+    self._source = source
+    self._length = length
+    self._each = each
+    self._pad_id = pad_id
+
+  def __len__(self) -> int:
+    return len(self._source) // self._each
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < len(self):
+      raise IndexError(f"index {index} of {len(self)} rows")
+    room, documents = self._length, []
+    for member in range(index * self._each, (index + 1) * self._each):
+      document = self._source.document(member)
+      if len(document.tokens) > room:
+        break
+      documents.append(document)
+      room -= len(document.tokens)
+    if not documents:
+      raise ValueError(
+          f"document {index * self._each} of {len(document.tokens)} tokens does "
+          f"not fit length={self._length}"
+      )
+    return row(documents, self._length, self._pad_id)
+
+
 def _shifted(index: np.ndarray, by: int) -> np.ndarray:
   return np.where(index < 0, -1, index + by)

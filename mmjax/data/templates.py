@@ -260,6 +260,26 @@ class Formatter:
     document = document._replace(weight=np.zeros_like(document.weight))
     return pack.row([document], self.length, self.pad_id)
 
+  def ends(self) -> tuple[tuple[int, ...], ...]:
+    """The ids that end an answer, as `sampling.Decoding.stop` takes them."""
+    ids: list[int] = []
+    for part in self.template.end:
+      if isinstance(part, Special):
+        ids.append(self.tokenizer.special(part))
+      else:
+        ids += self.tokenizer.encode(part)
+    return (tuple(ids),) if ids else ()
+
+  def read(self, ids: Sequence[int]) -> str:
+    """The text of an answer, without its end and what comes behind."""
+    ids = list(ids)
+    for end in self.ends():
+      for begin in range(len(ids) - len(end) + 1):
+        if tuple(ids[begin : begin + len(end)]) == end:
+          ids = ids[:begin]
+          break
+    return self.tokenizer.decode(ids).strip()
+
   def document(
       self,
       conversation: Conversation,

@@ -5,6 +5,7 @@ and Helium (Défossez et al. 2024) are one network with other parts. Pictures an
 sound enter it as `embeddings` among those of the tokens.
 """
 
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -360,6 +361,19 @@ class Decoder(nn.Module):
     """
     x, state = self.hidden(tokens, embeddings, position, mask, state, count)
     return self.logits(x), state
+
+
+  def prefill(
+      self, batch: Mapping[str, jax.Array], state: Cache, count: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Reads prompts; see `mmjax.evals.answers`."""
+    return self(batch["tokens"], state=state, count=count)
+
+  def reply(
+      self, tokens: jax.Array, state: Cache, count: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Goes on behind what the state holds; see `mmjax.evals.answers`."""
+    return self(tokens, state=state, count=count)
 
 
 @objective("tokens", "weight")

@@ -146,6 +146,8 @@ def checked_prompt(
 ) -> Prompt:
   """Checks host values before anything is compiled.
 
+  Within a jitted function only types and shapes can be looked at.
+
   Args:
     decoding: settings of the call.
     tokens: i32[B, T], right-padded prompts.
@@ -156,7 +158,11 @@ def checked_prompt(
     ValueError: wrong shapes or types, a row without a token, a limit outside
       [1, max_new]; all faults in one message.
   """
-  tokens, valid = np.asarray(tokens), np.asarray(valid)
+  traced = any(
+      isinstance(x, jax.core.Tracer) for x in (tokens, valid, limit)
+  )
+  as_array = jnp.asarray if traced else np.asarray
+  tokens, valid = as_array(tokens), as_array(valid)
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
     refuse([
         "prompts must be integers [B, T], found"
@@ -173,7 +179,7 @@ def checked_prompt(
       faults.append(f"guidance needs an even number of rows, found {rows}")
   if limit is None:
     limit = np.full(samples, decoding.max_new)
-  limit = np.asarray(limit)
+  limit = as_array(limit)
   for name, values, size, most in (
       ("valid", valid, rows, width),
       ("limit", limit, samples, decoding.max_new),
@@ -183,6 +189,8 @@ def checked_prompt(
           f"{name} must be integers [{size}], found"
           f" {values.dtype}{list(values.shape)}"
       )
+    elif traced:
+      continue
     elif (bad := np.flatnonzero((values < 1) | (values > most))).size:
       faults.append(
           f"{name} must lie in [1, {most}], found {values[bad].tolist()} in"

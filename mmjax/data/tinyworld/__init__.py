@@ -6,6 +6,7 @@ from mmjax.data.tinyworld.documents import (
     RetrievalDialogues,
     dialogue_retrieval_set,
 )
+from mmjax.data.tinyworld.phrases import Phrases
 from mmjax.data.tinyworld.questions import (
     Dialogues,
     SceneCaptions,
@@ -19,6 +20,7 @@ from mmjax.data.tinyworld.tasks import (
     retrieval_set,
 )
 from mmjax.data.tinyworld.text import CLASSES, TEMPLATES
+from mmjax.data.tinyworld.written import Quizzes, Told
 
 __all__ = [
     "CLASSES",
@@ -29,8 +31,11 @@ __all__ = [
     "Dialogues",
     "FewShot",
     "InterleavedDocuments",
+    "Phrases",
+    "Quizzes",
     "RetrievalDialogues",
     "SceneCaptions",
+    "Told",
     "VisualQuestions",
     "contact_sheet",
     "conversation_sheet",

@@ -19,6 +19,9 @@ from mmjax.data.tinyworld.text import Scene
 
 KINDS = ("digit", "count", "colour", "sum", "side")
 
+# Those that need two digits.
+OF_TWO = ("sum", "side")
+
 INSTRUCTIONS = (
     "describe the picture.",
     "what is in the picture?",
@@ -37,7 +40,7 @@ _COUNTS = ("how many digits are there?", "how many digits do you see?")
 # What is asked of two digits that differ in x, or in y: (first less, more).
 _SIDES = (("left", "right"), ("above", "below"))
 # Digits in a scene, and the layouts that have so many.
-_LAYOUTS = {
+LAYOUTS = {
     count: tuple(
         layout
         for layout, spots in enumerate(text.LAYOUTS)
@@ -113,7 +116,7 @@ def ask(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scenery:
+class Scenery:
   """Deals every index of a source the same scene, and draws it."""
 
   deck: tasks.Deck
@@ -129,7 +132,7 @@ class _Scenery:
     first, _ = self.deck.deal(index)
     labels = digits.hand(self.deck.split).labels
     count = dice.choose(counts)
-    layout = dice.choose(_LAYOUTS[count])
+    layout = dice.choose(LAYOUTS[count])
     colours = tuple(dice.sample(count, len(text.COLOURS)))
     positions = [dice.below(len(labels)) for _ in range(count - 1)]
     positions.insert(dice.below(count), first)
@@ -176,12 +179,11 @@ class SceneCaptions:
     Raises:
       ValueError: if an argument cannot be.
     """
-    _check("counts", counts, tuple(_LAYOUTS))
-    self._counts = tuple(counts)
+    self._counts = checked_counts(counts)
     deck = tasks.Deck.make(
         "scene captions", split, size, length, seed, variety, warp
     )
-    self._scenery = _Scenery(deck, size)
+    self._scenery = Scenery(deck, size)
 
   def __len__(self) -> int:
     return self._scenery.deck.length
@@ -251,7 +253,7 @@ class VisualQuestions:
     deck = tasks.Deck.make(
         "visual questions", split, size, length, seed, variety, warp
     )
-    self._scenery = _Scenery(deck, size)
+    self._scenery = Scenery(deck, size)
 
   def __len__(self) -> int:
     return self._scenery.deck.length
@@ -293,7 +295,7 @@ class VisualQuestions:
   def _deal(self, index: int) -> tuple[str, list[int], Scene, Dice]:
     dice = self._scenery.deck.dice(index)
     kind = dice.choose(self._kinds)
-    counts = (2, 3, 4) if kind in ("sum", "side") else (1, 2, 3, 4)
+    counts = (2, 3, 4) if kind in OF_TWO else (1, 2, 3, 4)
     return kind, *self._scenery.deal(index, counts, dice), dice
 
 
@@ -340,7 +342,7 @@ class Dialogues:
     deck = tasks.Deck.make(
         "dialogues", split, size, length, seed, variety, warp
     )
-    self._scenery = _Scenery(deck, size)
+    self._scenery = Scenery(deck, size)
 
   def __len__(self) -> int:
     return self._scenery.deck.length
@@ -387,6 +389,12 @@ class Dialogues:
   def _deal(self, index: int) -> tuple[list[int], Scene, Dice]:
     dice = self._scenery.deck.dice(index)
     return *self._scenery.deal(index, (2, 3, 4), dice), dice
+
+
+def checked_counts(counts: Sequence[int]) -> tuple[int, ...]:
+  """How many digits scenes may show, or an error that says how many."""
+  _check("counts", counts, tuple(LAYOUTS))
+  return tuple(counts)
 
 
 def _check(name: str, found: Sequence, allowed: Sequence) -> None:

@@ -117,6 +117,12 @@ def digit_caption(look: Look, dice: Dice | None = None) -> str:
   )
 
 
+def full_caption(look: Look, dice: Dice) -> str:
+  """A caption drawn by `dice` of those that name everything."""
+  size = dice.choose(_SIZE_WORDS[look.size])
+  return _fill(dice.choose(_FULL), look, size, CLASSES[look.digit])
+
+
 def _fill(template: str, look: Look, size: str, digit: str) -> str:
   text = template.format(
       size=size,
@@ -154,6 +160,9 @@ _PAIRS = (
     ("above", "below"),
 )
 _SCENE_OPENINGS = ("a photo of ", "a picture of ", "")
+# Most phrases name only the digits: whatever else is told shows which picture
+# of a batch is meant, and digits are learned late.
+_DIGITS_SHARE = 0.6
 
 
 class Scene(NamedTuple):
@@ -208,6 +217,36 @@ def scene_caption(scene: Scene, dice: Dice | None = None) -> str:
   return _ARTICLE.sub("an ", text)
 
 
+# What a phrase may say of one digit, in which order.
+_OF_ONE = (
+    "{opening}a {colour} {digit}.",
+    "{opening}a {digit} {place}.",
+    "{opening}a {colour} {digit} {place}.",
+)
+
+
+def scene_phrase(scene: Scene, dice: Dice) -> str:
+  """What a hasty eye reports of a scene: its digits, or one with what it has.
+
+  Digits come in the order of the layout's spots, which is that of reading.
+  """
+  opening = dice.choose(_SCENE_OPENINGS)
+  words = [CLASSES[digit] for digit in scene.digits]
+  if dice.between(0, 1) < _DIGITS_SHARE:
+    if len(words) == 1:
+      return f"{opening}the {dice.choose(('digit', 'number'))} {words[0]}."
+    listed = f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{opening}the digits {listed}."
+  number = dice.below(len(words))
+  text = dice.choose(_OF_ONE).format(
+      opening=opening,
+      colour=COLOURS[scene.colours[number]],
+      digit=words[number],
+      place=scene.place(number),
+  )
+  return _ARTICLE.sub("an ", text)
+
+
 _THING = re.compile(
     rf"\ban? ({'|'.join(COLOURS)}) ({'|'.join(CLASSES)})\b"
     rf"(?: in the ({'|'.join(_CORNER_NAMES)}))?"
@@ -248,6 +287,32 @@ def read_scene(caption: str) -> Scene | None:
       tuple(COLOURS.index(colour) for colour, _, _ in found),
       tuple(CLASSES.index(digit) for _, digit, _ in found),
   )
+
+
+_READ_AS = {
+    word: (name, index)
+    for name, words in (
+        ("digit", CLASSES),
+        ("digit", tuple(map(str, range(len(CLASSES))))),
+        ("colour", COLOURS),
+        ("ground", GROUNDS),
+        *(("size", same) for same in zip(*_SIZE_WORDS)),
+    )
+    for index, word in enumerate(words)
+}
+
+
+def read_look(caption: str) -> dict[str, int]:
+  """What a caption of one digit names, by the fields of `Look`.
+
+  Of an attribute that it names twice, differently, nothing is told.
+  """
+  said: dict[str, set[int]] = {}
+  for word in re.findall(r"\w+", caption):
+    if word in _READ_AS:
+      name, index = _READ_AS[word]
+      said.setdefault(name, set()).add(index)
+  return {name: min(found) for name, found in said.items() if len(found) == 1}
 
 
 def corpus() -> Iterator[str]:
