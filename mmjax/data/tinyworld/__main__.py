@@ -4,6 +4,7 @@
 
   picture OUT.png        draws the tasks with labels and captions;
   conversations OUT.png  draws those that are asked and told;
+  senses OUT.png         draws what is heard and felt;
   vocabulary [OUT.txt]   writes the merges that `ClipTokenizer.tinyworld` reads;
   language [OUT.json]    writes the byte-level BPE that `subwords.load` reads.
 
@@ -28,7 +29,7 @@ def main() -> None:
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   commands = parser.add_subparsers(dest="command", required=True)
-  for command in ("picture", "conversations"):
+  for command in ("picture", "conversations", "senses"):
     commands.add_parser(command).add_argument("path", type=pathlib.Path)
   for command, default in (
       ("vocabulary", tokenizers.tinyworld_merges()),
@@ -43,6 +44,8 @@ def main() -> None:
     sheet.contact_sheet(arguments.path)
   elif arguments.command == "conversations":
     sheet.conversation_sheet(arguments.path)
+  elif arguments.command == "senses":
+    sheet.senses_sheet(arguments.path)
   elif arguments.command == "language":
     vocabulary.train().save(arguments.path)
   else:

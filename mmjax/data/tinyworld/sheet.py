@@ -7,9 +7,18 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mmjax.data import audio
 from mmjax.data.conversations import Conversations
 from mmjax.data.templates import IMAGE
-from mmjax.data.tinyworld import documents, questions, tasks, text
+from mmjax.data.tinyworld import (
+  documents,
+  questions,
+  senses,
+  sounds,
+  spoken,
+  tasks,
+  text,
+)
 from mmjax.data.tinyworld.digits import Split
 
 _COLUMNS = 8
@@ -64,6 +73,83 @@ def conversation_sheet(
       "retrieval dialogues": documents.RetrievalDialogues(split),
   }
   _save([_told(title, source) for title, source in sources.items()], path)
+
+
+def senses_sheet(path: str | pathlib.Path, split: Split = "test") -> None:
+  """Writes a PNG of what is heard and felt.
+
+  Every row of the first band is one scene, as all senses perceive it. Of films
+  eight frames are shown; sounds are spectrograms, low notes at the bottom, a
+  second a half of the width.
+  """
+  source = senses.Senses(split, size=64, samples=256)
+  pictures, names = [], []
+  for index in range(_ROWS):
+    example = source[index]
+    pictures += [
+        example["image"],
+        *example["video"],
+        _greys(example["depth"]),
+        _heat(example["thermal"]),
+        _spectrogram(example["mel"]),
+        _lines(example["imu"][:, :3]),
+        _lines(example["imu"][:, 3:]),
+    ]
+    said, voice = source.said(index)
+    names += [
+        source.caption(index), "film, first frame", "film, second frame",
+        "depth", "heat", f"'{said}' ({voice.timbre}, {voice.accent})",
+        "acceleration", "rotation",
+    ]  # fmt: skip
+  bands = [_band("one scene, all senses", pictures, names)]
+  films = spoken.SpokenFilms(split, size=64, frames=_COLUMNS - 1)
+  pictures, names = [], []
+  for index in range(_ROWS):
+    film = films[index]
+    pictures += [*film["video"], _spectrogram(audio.fbank(film["audio"], 64))]
+    seconds = len(film["audio"]) / audio.RATE / len(film["video"])
+    names += [f"{i * seconds:.1f} s" for i in range(len(film["video"]))]
+    names.append(" ".join(word.text for word in films.words(index)))
+  bands.append(_band("spoken films", pictures, names))
+  digits, events = spoken.SpokenDigits(split), sounds.SoundEvents(split)
+  shown = range(_COLUMNS * _ROWS)
+  heard = lambda source, i: _spectrogram(audio.fbank(source[i]["audio"], 64))
+  said = lambda i: " ".join(w.text for w in digits.utterance(i).words)
+  bands += [
+      _band("spoken digits", [heard(digits, i) for i in shown],
+            [said(i) for i in shown]),
+      _band("sound events", [heard(events, i) for i in shown],
+            [events.caption(i) for i in shown]),
+  ]  # fmt: skip
+  _save(bands, path)
+
+
+def _greys(values: np.ndarray) -> np.ndarray:
+  """f32[H, W] in [0, 1] as f32[H, W, 3] in [-1, 1]."""
+  return np.repeat(2 * values[..., None] - 1, 3, axis=-1)
+
+
+def _heat(values: np.ndarray) -> np.ndarray:
+  """As `_greys`, from black over red and yellow to white."""
+  return 2 * np.clip(3 * values[..., None] - np.arange(3), 0, 1) - 1
+
+
+def _spectrogram(mel: np.ndarray) -> np.ndarray:
+  """f32[M, mels] as a square picture, time to the right."""
+  grey = (mel - mel.min()) / np.ptp(mel)
+  picture = Image.fromarray((255 * grey.T[::-1]).astype(np.uint8))
+  return _greys(np.asarray(picture.resize((_SIDE, _SIDE))) / 255)
+
+
+def _lines(values: np.ndarray) -> np.ndarray:
+  """f32[n, 3] as curves in red, green and blue."""
+  picture = Image.new("RGB", (_SIDE, _SIDE), "white")
+  pen = ImageDraw.Draw(picture)
+  scale = _SIDE / 2.2 / np.abs(values).max()
+  across = np.linspace(0, _SIDE - 1, len(values))
+  for column, colour in zip(values.T, ("red", "green", "blue"), strict=True):
+    pen.line([*zip(across, _SIDE / 2 - scale * column)], colour)
+  return np.asarray(picture) / 127.5 - 1
 
 
 def _told(title: str, source: Conversations) -> Image.Image:
