@@ -5,6 +5,7 @@ resampler makes a few vectors of every picture; between the blocks of the
 decoder, gated blocks let each token read those of the last picture before it.
 """
 
+from collections.abc import Mapping
 import functools
 from typing import Any, TypeAlias
 
@@ -92,6 +93,8 @@ SIZES: dict[str, dict[str, Any]] = {
         ),
         llm=dict(type="mmjax.models.llm:Decoder", **llm.SIZES["tiny"]),
         every=1, heads=4, head_dim=24, mlp=384,
+        # In the last block of a CLIP only its class token has been trained.
+        select="all",
     ),
     "3b": _paper(2048, 24, 16, every=1),
     "9b": _paper(4096, 40, 32, every=4),
@@ -281,6 +284,20 @@ class Flamingo(nn.Module):
     )
     return self.logits(x), state
 
+  def prefill(
+      self, batch: Mapping[str, jax.Array], state: Cache, count: jax.Array
+  ) -> tuple[jax.Array, State]:
+    """Reads prompts, see `evals.answers`: f32[B, 1, V] of what follows."""
+    x, state = self.hidden_states(
+        batch["images"],
+        batch["tokens"],
+        batch["media"],
+        state=state,
+        count=count,
+    )
+    last = jnp.maximum(count - 1, 0)[:, None, None]
+    return self.logits(jnp.take_along_axis(x, last, axis=1)), state
+
   def reply(
       self,
       tokens: jax.Array,
@@ -353,14 +370,13 @@ class Flamingo(nn.Module):
     blocks = self.llm.blocks.variables["params"]
     gates = self.gates.variables["params"]
     many = isinstance(pictures, Seen)
-    remat = lambda function, name: _checkpointed(function, name)
 
-    @functools.partial(remat, name=self.llm.remat)
+    @functools.partial(_checkpointed, name=self.llm.remat)
     def layer(carry: Any, params_and_number: Any) -> tuple[Any, None]:
       params, number = params_and_number
       return block.apply({"params": params}, carry, number, mask, rotation)
 
-    @functools.partial(remat, name=self.remat)
+    @functools.partial(_checkpointed, name=self.remat)
     def look(x: jax.Array, params: Any, pictures: Any) -> jax.Array:
       return gate.apply({"params": params}, x, seeing, pictures)[0]
 
