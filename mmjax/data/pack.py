@@ -97,6 +97,23 @@ def row(
   return example
 
 
+def joined(documents: Sequence[Document]) -> Document:
+  """Several documents as one, of which the later parts see the earlier."""
+  sources, medias, features, media = [], [], 0, 0
+  for document in documents:
+    sources.append(_shifted(document.source, features))
+    medias.append(_shifted(document.media, media))
+    features += sum(document.sizes)
+    media += len(document.sizes)
+  return Document(
+      np.concatenate([document.tokens for document in documents]),
+      np.concatenate([document.weight for document in documents]),
+      np.concatenate(sources),
+      np.concatenate(medias),
+      tuple(itertools.chain(*(document.sizes for document in documents))),
+  )
+
+
 def plan(
     lengths: Sequence[int],
     pictures: Sequence[int],
@@ -234,11 +251,7 @@ class Packed:
     documents = [self._source.document(member) for member in members]
     example = row(documents, self._length, self._pad_id)
     if self._slots:
-      shown = [self._source.pictures(member) for member in members]
-      pictures = np.concatenate(shown)
-      shape = (self._slots, *pictures.shape[1:])
-      example["images"] = np.zeros(shape, np.float32)
-      example["images"][: len(pictures)] = pictures
+      example["images"] = _pictures(self._source, members, self._slots)
     return example
 
 
@@ -246,18 +259,24 @@ class Filled:
   """Rows of text from a source that is too long to be planned.
 
   Row i holds the documents from `each` * i on, as many as fit; what is left of
-  its share is not read. Keys: those of `row`.
+  its share is not read. Keys: those of `row`, and `images` as in `Packed`.
   """
 
   def __init__(
-      self, source: Documents, length: int, each: int, pad_id: int = 0
+      self,
+      source: Documents,
+      length: int,
+      each: int,
+      slots: int = 0,
+      pad_id: int = 0,
   ) -> None:
     """Reads nothing yet.
 
     Args:
-      source: the documents; their pictures are not drawn.
+      source: the documents.
       length: tokens that a row holds.
       each: documents that a row may hold.
+      slots: pictures that a row holds; 0 draws none, and counts none.
       pad_id: the token behind the last document of a row.
 
     Raises:
@@ -271,6 +290,7 @@ class Filled:
     self._source = source
     self._length = length
     self._each = each
+    self._slots = slots
     self._pad_id = pad_id
 
   def __len__(self) -> int:
@@ -279,19 +299,35 @@ class Filled:
   def __getitem__(self, index: int) -> Example:
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} of {len(self)} rows")
-    room, documents = self._length, []
-    for member in range(index * self._each, (index + 1) * self._each):
+    first = index * self._each
+    room, left, documents = self._length, self._slots, []
+    for member in range(first, first + self._each):
       document = self._source.document(member)
-      if len(document.tokens) > room:
+      shown = len(document.sizes) if self._slots else 0
+      if len(document.tokens) > room or shown > left:
         break
       documents.append(document)
       room -= len(document.tokens)
+      left -= shown
     if not documents:
       raise ValueError(
-          f"document {index * self._each} of {len(document.tokens)} tokens does "
-          f"not fit length={self._length}"
+          f"document {first} of {len(document.tokens)} tokens and {shown} "
+          f"pictures does not fit length={self._length}, slots={self._slots}"
       )
-    return row(documents, self._length, self._pad_id)
+    example = row(documents, self._length, self._pad_id)
+    if self._slots:
+      members = range(first, first + len(documents))
+      example["images"] = _pictures(self._source, members, self._slots)
+    return example
+
+
+def _pictures(
+    source: Documents, members: Sequence[int], slots: int
+) -> np.ndarray:
+  """The pictures of a row, f32[slots, H, W, 3]; those behind the last are 0."""
+  pictures = np.concatenate([source.pictures(member) for member in members])
+  rest = ((0, slots - len(pictures)), (0, 0), (0, 0), (0, 0))
+  return np.pad(pictures, rest)
 
 
 def _shifted(index: np.ndarray, by: int) -> np.ndarray:
