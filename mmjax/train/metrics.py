@@ -37,15 +37,22 @@ class Files:
 
   def __init__(self, workdir: pathlib.Path, last_step: int) -> None:
     self._folder = workdir / "figures"
-    path = workdir / "metrics.jsonl"
-    keep_lines(path, last_step)
-    self._file = path.open("a")
+    self._path = workdir / "metrics.jsonl"
+    keep_lines(self._path, last_step)
+    self._file = self._path.open("a")
 
   def write(self, step: int, scalars: Scalars, figures: Figures) -> None:
-    """Appends a line; a number that is not finite becomes null."""
+    """Appends a line; a number that is not finite becomes null.
+
+    Raises:
+      OSError: naming the file, if it cannot be written.
+    """
     finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-    self._file.write(json.dumps({"step": step, **finite}) + "\n")
-    self._file.flush()
+    try:
+      self._file.write(json.dumps({"step": step, **finite}) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, str(self._path)) from error
     write_figures(self._folder, step, figures)
 
   def close(self) -> None:

@@ -184,8 +184,10 @@ class Run:
     self.monitor = spikes.Monitor(policy, facts.get("loss"))
     batches = spike.batches + policy.skip
     self.open_writers(step)
+    # In the first step of the new branch: a run that resumes from the old one
+    # drops it.
     numbers = dict(rewound_from=spike.step, batches_skipped=batches - taken)
-    self.write(step, numbers, {})
+    self.write(step + 1, numbers, {})
     self.say(
         f"{spike}. Going back to step {step:,}; {batches - taken:,} batches "
         "from there on are left out"

@@ -1,6 +1,7 @@
 """What does a safetensors file hold, and how is one written?"""
 
 from collections.abc import Mapping
+import math
 import os
 from pathlib import Path
 
@@ -28,6 +29,9 @@ _DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("?"),
 }
 
+# Of arrays: numpy 1 has 32 dimensions at most, and counts bytes in 64 bits.
+_RANK, _SIZE = 32, 2**60
+
 
 class SafetensorsFile:
   """One file; opening it reads the header alone.
@@ -43,7 +47,7 @@ class SafetensorsFile:
     Raises:
       FileNotFoundError: if there is none.
       ValueError: if the file is truncated, its header is damaged, or it has a
-        dtype that is unknown here.
+        dtype or a shape that cannot be.
     """
     self.path = Path(path)
     try:
@@ -62,9 +66,14 @@ class SafetensorsFile:
             f"{self.path}: tensor {name!r} has dtype {code}, not one of "
             f"{list(_DTYPES)}"
         )
-      self.tensors[name] = jax.ShapeDtypeStruct(
-          tuple(header.get_shape()), _DTYPES[code]
-      )
+      shape = tuple(header.get_shape())
+      # With a 0 among them, the library lets any dimensions pass.
+      if len(shape) > _RANK or math.prod(max(d, 1) for d in shape) >= _SIZE:
+        raise ValueError(
+            f"{self.path}: tensor {name!r} has a shape that no array can have: "
+            f"{list(shape[:_RANK])}"
+        )
+      self.tensors[name] = jax.ShapeDtypeStruct(shape, _DTYPES[code])
 
   def read(self, name: str) -> np.ndarray:
     """One tensor, read at every call."""

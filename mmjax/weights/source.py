@@ -6,9 +6,10 @@ A source knows the name, shape and dtype of all its tensors before it reads one.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 import json
+import math
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 import zipfile
 
 import jax
@@ -81,10 +82,7 @@ class NpzSource:
     self.path = Path(path)
     try:
       with zipfile.ZipFile(self.path) as archive:
-        self.tensors = {
-            name.removesuffix(".npy"): _npy_header(archive, name)
-            for name in archive.namelist()
-        }
+        self.tensors = _npy_headers(archive)
       self._arrays = np.load(self.path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
       raise ValueError(f"{self.path}: unreadable archive: {error}") from error
@@ -107,15 +105,40 @@ class NpzSource:
       raise ValueError(f"{self.path}: {name!r} is damaged: {error}") from error
 
 
-def _npy_header(archive: zipfile.ZipFile, name: str) -> jax.ShapeDtypeStruct:
-  with archive.open(name) as file:
-    version = np.lib.format.read_magic(file)
-    reader = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, _, dtype = reader(file)
+def _npy_headers(archive: zipfile.ZipFile) -> dict[str, jax.ShapeDtypeStruct]:
+  """Name -> shape and dtype of the arrays of an archive.
+
+  Raises:
+    ValueError: if a member is no array or hides another one, or if its header
+      tells of another size than the archive: reading allocates what it tells.
+  """
+  found = {}
+  for member in archive.infolist():
+    name = member.filename.removesuffix(".npy")
+    if name == member.filename or name in found:
+      raise ValueError(f"{member.filename!r} is no array, or is there twice")
+    with archive.open(member) as file:
+      spec = _npy_header(file)
+      size = math.prod(spec.shape) * spec.dtype.itemsize
+      rest = member.file_size - file.tell()
+    if min(spec.shape, default=0) < 0 or size != rest:
+      if not spec.dtype.hasobject:  # That is refused for what it is.
+        raise ValueError(
+            f"{name!r} has {rest:,} bytes, and a header for {spec.dtype}"
+            f"{list(spec.shape)}"
+        )
+    found[name] = spec
+  return found
+
+
+def _npy_header(file: IO[bytes]) -> jax.ShapeDtypeStruct:
+  version = np.lib.format.read_magic(file)
+  reader = (
+      np.lib.format.read_array_header_1_0
+      if version == (1, 0)
+      else np.lib.format.read_array_header_2_0
+  )
+  shape, _, dtype = reader(file)
   return jax.ShapeDtypeStruct(shape, dtype)
 
 

@@ -66,6 +66,13 @@ def test_write_refuses_an_unknown_dtype(tmp_path):
     raw({"a": entry(0, 8)}, bytes(9)),
     raw({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
     raw({"a": entry(4, 12)}, bytes(12)),
+    raw({"a": entry(8, 0)}, bytes(8)),
+    raw({"a": entry(0, 8, "F64")}, bytes(8)),
+    raw({"a": entry(0, 8, "X9")}, bytes(8)),
+    raw({"a": entry(0, 0, shape=(2**62, 8))}),
+    raw({"__metadata__": {"format": 3}}),
+    raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    (200_000_000).to_bytes(8, "little") + b"{}" + bytes(100),
 ])
 def test_damaged_files_are_named(tmp_path, data):
   path = tmp_path / "broken.safetensors"
@@ -73,6 +80,15 @@ def test_damaged_files_are_named(tmp_path, data):
   with pytest.raises(ValueError, match="truncated, or no safetensors") as error:
     safetensors_file.SafetensorsFile(path)
   assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 2**62), (0, 2**40, 2**40), (0,) * 100])
+def test_shapes_that_cannot_be_are_refused(tmp_path, shape):
+  path = tmp_path / "a.safetensors"
+  path.write_bytes(raw({"a": entry(0, 0, shape=shape)}))
+  with pytest.raises(ValueError, match="a shape that no array can") as e:
+    safetensors_file.SafetensorsFile(path)
+  assert str(path) in str(e.value)
 
 
 def test_a_missing_file_is_not_found(tmp_path):

@@ -1,7 +1,9 @@
 """Directories, archives, and everything that is refused."""
 
+import io
 import json
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -165,3 +167,35 @@ def test_damaged_npz_member(tmp_path):
   (tmp_path / "m.npz").write_bytes(data)
   with pytest.raises(ValueError, match="m.npz: 'a' is damaged"):
     source.open_source(tmp_path / "m.npz").read("a")
+
+
+def npy(shape, data=b"", descr="<f8"):
+  file = io.BytesIO()
+  header = {"shape": shape, "fortran_order": False, "descr": descr}
+  np.lib.format.write_array_header_1_0(file, header)
+  return file.getvalue() + data
+
+
+@pytest.mark.parametrize("member", [
+    npy((2**40,)),
+    npy((2**62, 2**62)),
+    npy((4,), bytes(8)),
+    npy((1,), bytes(64)),
+    npy((-1,), bytes(8)),
+    npy((2,), bytes(16), "<f4"),
+])
+def test_npz_headers_must_tell_the_size_that_is_there(tmp_path, member):
+  with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
+    archive.writestr("a.npy", member)
+  with pytest.raises(ValueError, match="m.npz: unreadable archive: 'a' has "):
+    source.open_source(tmp_path / "m.npz")
+
+
+@pytest.mark.parametrize("second", ["a.npy", "notes.txt", "a"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_npz_members_are_arrays_of_their_own(tmp_path, second):
+  with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
+    archive.writestr("a.npy", npy((1,), bytes(8)))
+    archive.writestr(second, npy((1,), bytes(8)))
+  with pytest.raises(ValueError, match="no array, or is there twice"):
+    source.open_source(tmp_path / "m.npz")
