@@ -192,6 +192,12 @@ def define_runtime(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
       "process_id", None, "number of this process", flag_values=values
   )
+  flags.DEFINE_integer(
+      "join_timeout",
+      300,
+      "seconds to wait for the other processes to come",
+      flag_values=values,
+  )
 
 
 def default_cache(environ: Mapping[str, str]) -> str:
@@ -241,4 +247,6 @@ def start_runtime(values: flags.FlagValues) -> None:
     )
   if values.distributed or not missing:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**cluster)
+    jax.distributed.initialize(
+        **cluster, initialization_timeout=values.join_timeout
+    )
