@@ -91,6 +91,12 @@ KEYS: dict[str, Spec] = {
         "Ids that a decoder apart from what reads `tokens` is to write; -1 "
         "behind their end.",
     ),
+    "question": Spec(
+        "int32",
+        ("B", "asked"),
+        "Ids that a part of the system reads beside `tokens`, in its own "
+        "vocabulary; 0 behind the end.",
+    ),
     "label": Spec("int32", ("B",), "Index of the right class."),
     "identity": Spec(
         "int32", ("B",), "Examples of equal identity are interchangeable."

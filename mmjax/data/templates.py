@@ -128,6 +128,13 @@ TEMPLATES: dict[str, Template] = {
         picture=("<pad>",),
         mute=("system", "user"),
     ),
+    # BLIP-2 with FlanT5, whose encoder reads the picture and what follows it.
+    "blip2_t5": Template(
+        end=(Special("</s>"),),
+        placeholder="<pad>",
+        picture=("<pad>",),
+        mute=("system", "user"),
+    ),
     # FROMAGe predicts the start of a caption too, and not the [RET] behind it.
     "fromage_caption": Template(
         answer=Special("</s>"),

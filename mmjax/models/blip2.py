@@ -248,13 +248,25 @@ class BLIP2(nn.Module):
     )
     return self.logits(x), state
 
+  def prefill(
+      self, batch: Mapping[str, jax.Array], state: Cache, count: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Reads prompts; see `mmjax.evals.answers`."""
+    hidden, state = self.hidden_states(
+        batch["image"],
+        batch["tokens"],
+        batch["source"],
+        state=state,
+        count=count,
+        question=batch.get("question"),
+    )
+    last = jnp.take_along_axis(hidden, count[:, None, None] - 1, axis=1)
+    return self.logits(last), state
+
   def reply(
-      self,
-      tokens: jax.Array,
-      state: Cache | None = None,
-      count: jax.Array | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
-    """As `__call__`, for text behind what the state holds."""
+      self, tokens: jax.Array, state: Cache, count: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Goes on behind what the state holds; see `mmjax.evals.answers`."""
     return self.llm(tokens, state=state, count=count)
 
 
@@ -278,9 +290,9 @@ class BLIP2T5(nn.Module):
     self.projection = _projection(self.llm.width, self.dtype)
 
   @nn.nowrap
-  def init_state(self, batch: int, slots: int, seen: int) -> CrossCache:
-    """An empty memory, see `t5.T5.init_state`; `seen` counts soft prompts."""
-    return self.llm.init_state(batch, slots, seen)
+  def init_state(self, batch: int, slots: int) -> CrossCache:
+    """An empty memory: slots for what is read, and as many for the answer."""
+    return self.llm.init_state(batch, slots, slots)
 
   def encode(
       self, image: jax.Array, question: jax.Array | None = None
@@ -309,16 +321,25 @@ class BLIP2T5(nn.Module):
     x = _among_words(self, self.encode(image, question), tokens, source)
     return self.llm.encode(embeddings=x, count=count)
 
-  def decode(
-      self,
-      tokens: jax.Array,
-      seen: jax.Array | None = None,
-      seen_count: jax.Array | None = None,
-      state: CrossCache | None = None,
-      count: jax.Array | None = None,
-  ) -> tuple[jax.Array, CrossCache | None]:
-    """Scores the next token after each, see `t5.T5.decode`."""
-    return self.llm.decode(tokens, seen, seen_count, state, count)
+  def prefill(
+      self, batch: Mapping[str, jax.Array], state: CrossCache, count: jax.Array
+  ) -> tuple[jax.Array, CrossCache]:
+    """Reads what the encoder is given; see `mmjax.evals.answers`."""
+    seen = self.read(
+        batch["image"],
+        batch["tokens"],
+        batch["source"],
+        count,
+        batch.get("question"),
+    )
+    start = jnp.full((len(seen), 1), self.llm.start, jnp.int32)
+    return self.llm.decode(start, seen, count, state)
+
+  def reply(
+      self, tokens: jax.Array, state: CrossCache, count: jax.Array
+  ) -> tuple[jax.Array, CrossCache]:
+    """Goes on behind what the state holds; see `mmjax.evals.answers`."""
+    return self.llm.decode(tokens, state=state, count=count)
 
   def __call__(
       self,
@@ -345,7 +366,8 @@ class BLIP2T5(nn.Module):
     """
     count = None if segment is None else (segment > 0).sum(axis=1)
     seen = self.read(image, tokens, source, count, question)
-    return self.decode(t5.opened(self.llm, targets)[:, :-1], seen, count)[0]
+    before = t5.opened(self.llm, targets)[:, :-1]
+    return self.llm.decode(before, seen, count)[0]
 
 
 def _projection(width: int, dtype: Any) -> linear.Linear:
