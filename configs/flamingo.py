@@ -170,5 +170,10 @@ def _data(config: ml_collections.ConfigDict, size: str) -> None:
             source=written("FewShot", "test", shots=_SLOTS - 1, ways=8),
             shots=(0, 4, 8),
             examples=386,
-        )
+        ),
+        examples=dict(
+            type="mmjax.evals.rices:Rices",
+            pool=written("NamedDigits", "train"),
+            questions=written("NamedDigits", "test"),
+        ),
     )

@@ -1,4 +1,4 @@
-"""What does a system answer when it is shown and asked? Greedy decoding, scored.
+"""What does a system answer when it is shown and asked? Greedily, and scored.
 
 Any system that writes can be evaluated. It has three methods beside `__call__`,
 in which B is the rows of a batch, L the tokens of the longest prompt, T those
@@ -40,15 +40,21 @@ from mmjax.sampling import autoregressive, decoding
 class Writer(Protocol):
   """A system that writes; the module says what its methods do."""
 
-  def init_state(self, batch: int, slots: int) -> Any: ...
+  def init_state(self, batch: int, slots: int) -> Any:
+    """An empty state."""
+    ...
 
   def prefill(
       self, batch: Mapping[str, jax.Array], state: Any, count: jax.Array
-  ) -> tuple[jax.Array, Any]: ...
+  ) -> tuple[jax.Array, Any]:
+    """Reads prompts."""
+    ...
 
   def reply(
       self, tokens: jax.Array, state: Any, count: jax.Array
-  ) -> tuple[jax.Array, Any]: ...
+  ) -> tuple[jax.Array, Any]:
+    """Goes on behind what the state holds."""
+    ...
 
 
 class Steps(NamedTuple):
@@ -163,7 +169,7 @@ class Answers:
       )
       return {"tokens": found.tokens, "count": found.lengths}
 
-    prompts = _Prompts(self.source, self.examples)
+    prompts = Prompts(self.source, self.examples)
     found = run.map_source(generate, variables, prompts, self.batch_size)
     return [
         formatter.read(tokens[:count].tolist())
@@ -175,8 +181,8 @@ class Answers:
   ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Returns the scores, those of each kind of question, and a figure.
 
-    `<score>` is of all answers; where the source has `kind(i)`, `<score>_<kind>`
-    is of those to one kind of question.
+    `<score>` is of all answers; where the source has `kind(i)`,
+    `<score>_<kind>` is of those to one kind of question.
     """
     written = self.write(system, variables)
     wanted = [self.source.answer(i) for i in range(self.examples)]
@@ -215,7 +221,7 @@ class Answers:
     }
 
 
-class _Prompts:
+class Prompts:
   """The first prompts of a source."""
 
   def __init__(self, source: Written, count: int) -> None:

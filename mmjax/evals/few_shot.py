@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mmjax.data.conversations import Written
+from mmjax.data.batch import Example
+from mmjax.data.conversations import Conversations, Written
 from mmjax.data.templates import IMAGE, Turn
-from mmjax.evals import answers, figures, run
-from mmjax.sampling import autoregressive, decoding
+from mmjax.evals import answers, run
 
-_PAPER, _INK, _LINE = (255, 255, 255), (30, 30, 30), (40, 90, 200)
+_PAPER, _INK, _GRID = (255, 255, 255), (30, 30, 30), (225, 225, 225)
+_TONES = ((40, 90, 200), (200, 110, 40))
 
 
 class FewShot:
@@ -27,12 +28,10 @@ class FewShot:
   that its episode knows (`choice`, the paper's closed-ended tasks).
 
   Attributes:
-    source: episodes whose conversation is pictures and words by turns, the
-      question last; they show at least as many examples as are asked for, of
-      which the nearest to the question are taken.
-    shots: numbers of examples.
+    source: episodes of pictures and answers by turns, the question last.
+    shots: numbers of examples: the last ones of each episode.
     examples: how many episodes are asked; all by default.
-    blind: examples of which only the text is shown where there are no others,
+    blind: examples of which only the text is told where there are no others,
       to say what an answer looks like (section 3.1 of the paper).
     max_new: tokens that an answer may have, its end included.
     batch_size: global batch.
@@ -49,8 +48,7 @@ class FewShot:
   ) -> None:
     """Raises ValueError for more examples than the episodes have."""
     most = source.source.shown - 1
-    wrong = [n for n in (*shots, blind) if not 0 <= n <= most]
-    if wrong:
+    if not shots or not all(0 <= n <= most for n in (*shots, blind)):
       raise ValueError(
           f"shots={tuple(shots)}, blind={blind}: expected 0 to {most}, the "
           f"examples of an episode"
@@ -66,106 +64,99 @@ class FewShot:
       self, system: Any, variables: Any
   ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Returns the scores, their curve, and the questions with most examples."""
-    wanted = [self.source.answer(i) for i in range(self.examples)]
-    metrics, written = {}, []
+    metrics, pictures = {}, {}
     for count in self.shots:
-      prompts = _Prompts(self.source, count, self.blind, self.examples)
-      written, chosen = self._ask(system, variables, prompts)
-      right = lambda found: float(np.mean([a == b for a, b in found]))
-      metrics[f"exact_{count}"] = right(zip(written, wanted))
-      metrics[f"choice_{count}"] = right(zip(chosen, wanted))
-    rows = range(min(16, self.examples))
-    grid = figures.captioned_grid(
-        [self.source.pictures(i)[-1] for i in rows],
-        [f"{written[i]} ({wanted[i]})" for i in rows],
-        [written[i] == wanted[i] for i in rows],
-    )
+      asked = self.behind(count)
+      evaluator = answers.Answers(
+          asked,
+          examples=self.examples,
+          max_new=self.max_new,
+          batch_size=self.batch_size,
+      )
+      found, pictures = evaluator(system, variables)
+      metrics[f"exact_{count}"] = found["exact"]
+      chosen = self._choose(system, variables, asked)
+      wanted = [asked.answer(i) for i in range(self.examples)]
+      metrics[f"choice_{count}"] = answers.exact(chosen, wanted)["exact"]
     curves = {
         name: [metrics[f"{name}_{count}"] for count in self.shots]
         for name in ("exact", "choice")
     }
-    return metrics, {"curve": curve(self.shots, curves), "answers": grid}
+    return metrics, {"curve": curve(self.shots, curves)} | pictures
 
-  def _ask(
-      self, system: Any, variables: Any, prompts: "_Prompts"
-  ) -> tuple[list[str], list[str]]:
-    """The answers that are written, and those that are chosen."""
-    formatter = self.source.formatter
-    settings = decoding.Decoding(self.max_new, stop=formatter.ends())
-    options = [prompts.options(i) for i in range(self.examples)]
+  def behind(self, shots: int) -> Written:
+    """The questions behind so many examples."""
+    episodes = _Behind(self.source.source, shots, self.blind)
+    return Written(episodes, self.source.formatter)
+
+  def _choose(
+      self, system: Any, variables: Any, asked: Written
+  ) -> list[str]:
+    """The likeliest of the answers that each whole episode knows."""
+    known = [_known(self.source, i) for i in range(self.examples)]
+    words = sorted(set().union(*known))
     # Every prompt ends as the others do, and so do its answers begin.
-    words = sorted({word for own in options for word in own})
-    ids = {word: prompts.ids(0, word) for word in words}
-    index = {word: number for number, word in enumerate(words)}
-    length = max(map(len, ids.values()))
-    table = np.zeros((len(words), length), np.int32)
-    for word, row in index.items():
-      table[row, : len(ids[word])] = ids[word]
-    lengths = np.asarray([len(ids[word]) for word in words], np.int32)
+    ids = [answer_ids(asked, 0, word) for word in words]
+    lengths = np.asarray([len(own) for own in ids], np.int32)
+    options = np.zeros((len(words), lengths.max()), np.int32)
+    for row, own in zip(options, ids, strict=True):
+      row[: len(own)] = own
 
-    def answer(variables: Any, batch: Any) -> dict[str, Any]:
-      steps = answers.writer(system, variables, batch, self.max_new)
-      found, _ = autoregressive.generate(
-          **steps._asdict(), decoding=settings
-      )
-      scores = log_likelihood(system, variables, batch, table, lengths)
-      return dict(tokens=found.tokens, count=found.lengths, scores=scores)
+    def score(variables: Any, batch: Any) -> dict[str, Any]:
+      found = log_likelihood(system, variables, batch, options, lengths)
+      return {"scores": found}
 
-    found = run.map_source(answer, variables, prompts, self.batch_size)
-    written = [
-        formatter.read(tokens[:count].tolist())
-        for tokens, count in zip(found["tokens"], found["count"], strict=True)
+    prompts = answers.Prompts(asked, self.examples)
+    found = run.map_source(score, variables, prompts, self.batch_size)
+    places = [[words.index(word) for word in own] for own in known]
+    return [
+        words[max(own, key=scores.__getitem__)]
+        for own, scores in zip(places, found["scores"], strict=True)
     ]
-    chosen = [
-        max(own, key=lambda word: scores[index[word]])
-        for own, scores in zip(options, found["scores"], strict=True)
-    ]
-    return written, chosen
 
 
-class _Prompts:
-  """Questions behind so many of their examples."""
+class _Behind:
+  """Episodes cut to the question and the last examples before it."""
 
-  def __init__(
-      self, source: Written, shots: int, blind: int, count: int
-  ) -> None:
+  def __init__(self, source: Conversations, shots: int, blind: int) -> None:
     self._source = source
-    self._shots = shots
-    self._blind = blind
-    self._count = count
+    self._blind = 0 if shots else blind
+    self.shown = shots + 1
 
   def __len__(self) -> int:
-    return self._count
+    return len(self._source)
 
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    turns = self._turns(index)[:-1]
-    shown = self._shots + 1
-    example = self._source.formatter.prompt(turns, shown)
-    example["images"] = self._source.pictures(index)[-shown:]
-    return example
+  def conversation(self, index: int) -> list[Turn]:
+    turns = [Turn(*turn) for turn in self._source.conversation(index)]
+    shown = turns[-2 * self.shown :]
+    told = turns[-2 * (self.shown + self._blind) : -2 * self.shown]
+    hide = lambda turn: turn._replace(text=turn.text.replace(IMAGE, ""))
+    return [*map(hide, told), *shown]
 
-  def options(self, index: int) -> list[str]:
-    """The answers that the whole episode knows."""
-    turns = self._source.source.conversation(index)
-    return sorted({turn.text for turn in turns if turn.role == "assistant"})
+  def pictures(self, index: int) -> np.ndarray:
+    return self._source.pictures(index)[-self.shown :]
 
-  def ids(self, index: int, answer: str) -> list[int]:
-    """The tokens of an answer behind a prompt, its end included."""
-    formatter = self._source.formatter
-    turns = [*self._turns(index)[:-1], Turn("assistant", answer)]
-    count = lambda row: int((row["segment"] > 0).sum())
-    begin = count(formatter.prompt(turns[:-1], self._shots + 1))
-    row = formatter.row(turns, self._shots + 1)
-    return row["tokens"][begin : count(row)].tolist()
+  def answer(self, index: int) -> str:
+    return self._source.answer(index)
 
-  def _turns(self, index: int) -> list[Turn]:
-    turns = list(self._source.source.conversation(index))
-    if self._shots:
-      return turns[-2 * (self._shots + 1) :]
-    told = turns[-2 * (self._blind + 1) : -2]
-    return [
-        turn._replace(text=turn.text.replace(IMAGE, "")) for turn in told
-    ] + turns[-2:]
+  def labels(self, index: int) -> Example:
+    return self._source.labels(index)
+
+
+def _known(source: Written, index: int) -> set[str]:
+  """The answers of a whole episode."""
+  turns = (Turn(*turn) for turn in source.source.conversation(index))
+  return {turn.text for turn in turns if turn.role == "assistant"}
+
+
+def answer_ids(asked: Written, index: int, answer: str) -> list[int]:
+  """The tokens of an answer behind a prompt, its end included."""
+  shown = asked.source.shown
+  turns = asked.source.conversation(index)[:-1]
+  prompt = asked.formatter.prompt(turns, shown)
+  whole = asked.formatter.row([*turns, Turn("assistant", answer)], shown)
+  begin, end = ((row["segment"] > 0).sum() for row in (prompt, whole))
+  return whole["tokens"][begin:end].tolist()
 
 
 def log_likelihood(
@@ -190,20 +181,15 @@ def log_likelihood(
     f32[B, K].
   """
   prompts, width = len(batch["tokens"]), options.shape[1]
-  count = (batch["segment"] > 0).sum(axis=1).astype(jnp.int32)
-  state = system.init_state(prompts, batch["tokens"].shape[1] + width)
-  first, state = system.apply(
-      variables, dict(batch), state, count, method="prefill"
-  )
-  last = jnp.clip(count - 1, 0, first.shape[1] - 1)[:, None, None]
+  steps = answers.writer(system, variables, batch, width)
+  first, state = steps.prefill(steps.tokens, steps.valid, steps.state)
+  last = jnp.clip(steps.valid - 1, 0, first.shape[1] - 1)[:, None, None]
   first = jnp.take_along_axis(first, last, axis=1)
 
   def score(option: tuple[jax.Array, jax.Array]) -> jax.Array:
     tokens, real = option
     tokens = jnp.broadcast_to(tokens, (prompts, width))
-    rest, _ = system.apply(
-        variables, tokens, state, jnp.full(prompts, real), method="reply"
-    )
+    rest, _ = steps.step(tokens, jnp.full(prompts, real), state)
     logits = jnp.concatenate([first, rest[:, :-1]], axis=1)
     found = jnp.take_along_axis(
         jax.nn.log_softmax(logits.astype(jnp.float32)), tokens[..., None], -1
@@ -215,7 +201,7 @@ def log_likelihood(
 
 
 def curve(
-    places: Sequence[float],
+    places: Sequence[int],
     curves: Mapping[str, Sequence[float]],
     side: int = 320,
 ) -> np.ndarray:
@@ -223,19 +209,18 @@ def curve(
   font, margin = ImageFont.load_default(12), 40
   sheet = Image.new("RGB", (side, side), _PAPER)
   draw = ImageDraw.Draw(sheet)
-  span = side - 2 * margin
-  most = max(*places, 1)
+  span, most = side - 2 * margin, max(*places, 1)
   at = lambda x, y: (margin + span * x / most, side - margin - span * y)
   for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-    draw.line((at(0, share), at(most, share)), (225, 225, 225))
+    draw.line((at(0, share), at(most, share)), _GRID)
     draw.text((6, at(0, share)[1] - 7), f"{share:.2f}", _INK, font)
   for place in places:
-    draw.text((at(place, 0)[0] - 4, side - margin + 6), f"{place}", _INK, font)
+    x, y = at(place, 0)
+    draw.text((x - 4, y + 6), f"{place}", _INK, font)
   for number, (name, shares) in enumerate(curves.items()):
     points = [at(x, y) for x, y in zip(places, shares, strict=True)]
-    tone = tuple(c + number * 90 for c in _LINE)
+    tone = _TONES[number % len(_TONES)]
     draw.line(points, tone, 2)
-    draw.text((points[-1][0] - 38, points[-1][1] + 4 + 14 * number), name, tone,
-              font)  # fmt: skip
+    draw.text((margin + 6, margin + 16 * number), name, tone, font)
   draw.text((margin, side - 18), "examples in the prompt", _INK, font)
   return np.asarray(sheet)

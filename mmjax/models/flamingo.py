@@ -219,6 +219,10 @@ class Flamingo(nn.Module):
     tokens = tokens[:, SELECTS[self.select]]
     return self.resampler(tokens.reshape(*images.shape[:3], *tokens.shape[1:]))
 
+  def look(self, image: jax.Array) -> jax.Array:
+    """The class token f32[B, C] of f32[B, H, W, 3], to compare pictures by."""
+    return self.vision(image)[:, 0].astype(jnp.float32)
+
   def hidden_states(
       self,
       images: jax.Array,

@@ -180,3 +180,49 @@ def test_bad_arguments_are_refused():
     pack.Packed(source, LENGTH, sizes=np.zeros((1, 2), int))
   with pytest.raises(ValueError, match="no documents; length=0"):
     pack.Packed(Source([], []), 0)
+
+
+def test_joined_documents_are_one():
+  make = lambda tokens, source, media, sizes: pack.Document(
+      np.array(tokens, np.int32), np.ones(len(tokens), np.float32),
+      np.array(source, np.int32), np.array(media, np.int32), sizes,
+  )  # fmt: skip
+  one = pack.joined([
+      make([5, 6, 7], [0, 1, -1], [0, 0, 0], (2,)),
+      make([8, 9], [-1, -1], [-1, -1], ()),
+      make([4, 3], [-1, 0], [-1, 0], (1,)),
+  ])
+  assert one.tokens.tolist() == [5, 6, 7, 8, 9, 4, 3]
+  assert one.source.tolist() == [0, 1, -1, -1, -1, -1, 2]
+  assert one.media.tolist() == [0, 0, 0, -1, -1, -1, 1]
+  assert one.sizes == (2, 1)
+
+
+def test_filled_rows_hold_what_fits_of_their_share():
+  source = Source([5, 4, 9, 2, 2, 8, 3, 3], [0] * 8)
+  rows = pack.Filled(source, length=12, each=2)
+  assert len(rows) == 4
+  np.testing.assert_array_equal(
+      rows[0]["segment"], [1] * 5 + [2] * 4 + [0] * 3
+  )
+  assert rows[1]["segment"].tolist() == [1] * 9 + [2] * 2 + [0]
+  # The second of 8 does not fit behind 2, and is left.
+  short = pack.Filled(source, length=8, each=4)
+  assert short[1]["segment"].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+  with pytest.raises(IndexError):
+    rows[4]
+  with pytest.raises(ValueError, match="does not fit length=4"):
+    pack.Filled(source, length=4, each=1)[0]
+  with pytest.raises(ValueError, match="each=9"):
+    pack.Filled(source, length=8, each=9)
+
+
+def test_filled_rows_show_the_pictures_of_what_fits():
+  source = Source([5, 4, 9, 2], [1, 2, 2, 0])
+  rows = pack.Filled(source, length=24, each=4, slots=4)
+  (row,) = [rows[index] for index in range(len(rows))]
+  # The third document would fit the tokens, but not the slots.
+  assert row["segment"].tolist() == [1] * 5 + [2] * 4 + [0] * 15
+  assert row["images"][:, 0, 0, 0].tolist() == [100.0, 200.0, 201.0, 0.0]
+  with pytest.raises(ValueError, match="2 pictures .* slots=1"):
+    pack.Filled(source, length=24, each=1, slots=1)[1]

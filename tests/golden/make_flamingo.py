@@ -11,8 +11,8 @@ OpenFlamingo, and `golden.npz`: `in.images` (channels last), `in.tokens`,
 `in.media` (the picture that a token sees), `out.resampled`, `out.logits`, and
 `out.greedy`, the likeliest tokens behind the first `in.count` of each row up to
 `END`, each from the whole text anew: its own `generate` does not run with
-transformers 5. All parameters are drawn anew; of a tensor that OpenFlamingo names
-twice, a file holds both names (`both`), the newer or the older ones.
+transformers 5. All parameters are drawn anew; of a tensor that OpenFlamingo
+names twice, a file holds both names (`both`), the newer or the older ones.
 """
 
 import json

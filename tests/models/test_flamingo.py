@@ -1,5 +1,6 @@
 """Flamingo: goldens of OpenFlamingo, who sees which picture, memory, groups."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from mmjax import config, pretrained
 from mmjax.models import flamingo
+from mmjax.nn import mask as masks
 from mmjax.nn import partitioning
 from mmjax.objectives.term import Context
 from mmjax.sampling import autoregressive, beam
@@ -101,8 +103,9 @@ def test_a_beam_of_one_is_greedy():
   np.testing.assert_array_equal(found.tokens[:, 0], arrays["out.greedy"])
 
 
+@functools.cache
 def drawn(depth=5, every=2, first=0, **changes):
-  """A small system with parameters off their first values, and inputs."""
+  """A small system, its first parameters and others, and inputs."""
   size = dict(flamingo.SIZES["tiny"], type="mmjax.models.flamingo:Flamingo")
   size["vision"] = dict(size["vision"], image=(16, 16), depth=1)
   size["llm"] = dict(size["llm"], depth=depth, vocab=50)
@@ -116,7 +119,8 @@ def drawn(depth=5, every=2, first=0, **changes):
       jax.jit(system.init)(jax.random.key(0), images, tokens, media)
   )
   noise = lambda x: np.float32(x + 0.2 * rng.normal(size=x.shape))
-  return system, variables, jax.tree.map(noise, variables), images, tokens, media
+  moved = jax.tree.map(noise, variables)
+  return system, variables, moved, images, tokens, media
 
 
 def test_new_gates_leave_the_decoder_as_it_is():
@@ -124,6 +128,10 @@ def test_new_gates_leave_the_decoder_as_it_is():
   logits, _ = system.apply(fresh, images, tokens, media)
   alone, _ = system.llm.apply({"params": fresh["params"]["llm"]}, tokens)
   np.testing.assert_allclose(logits, alone, atol=1e-5)
+
+
+def layer(stack, number):
+  return jax.tree.map(lambda x: x[number], stack)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +143,6 @@ def test_groups_are_layers_one_after_the_other(depth, every, first):
   found, _ = system.apply(
       variables, images, tokens, media, method="hidden_states"
   )
-  from mmjax.nn import mask as masks
-
   params = variables["params"]
   bound = system.bind(variables)
   pictures = bound.encode(images).reshape(2, -1, 96)
@@ -147,9 +153,9 @@ def test_groups_are_layers_one_after_the_other(depth, every, first):
   gate = flamingo.GatedCrossBlock(**bound._parts, parent=None)
   for number in range(depth):
     if number in gated:
-      mine = jax.tree.map(lambda p: p[gated.index(number)], params["gates"])
+      mine = layer(params["gates"], gated.index(number))
       x, _ = gate.apply({"params": mine}, x, seeing, pictures)
-    mine = jax.tree.map(lambda p: p[number], params["llm"]["blocks"])
+    mine = layer(params["llm"]["blocks"], number)
     (x, _), _ = bound.llm.block.apply(
         {"params": mine}, (x, None), number, mask, rotation
     )
@@ -183,6 +189,7 @@ def test_a_dialogue_goes_on_from_its_state():
   np.testing.assert_array_equal(state.media, media[np.arange(2), count - 1])
   reply = jax.jit(lambda *args: system.apply(variables, *args, method="reply"))
   # The text goes on behind the picture that its row saw last.
+  media = media.copy()
   media[0, 9:] = media[0, 8]
   whole, _ = system.apply(variables, images, tokens, media)
   for step in range(2):

@@ -72,3 +72,28 @@ def test_labels_may_be_smoothed():
   target = 0.8 * np.eye(7)[tokens[:, 1:]] + 0.2 / 7
   loss = -(target * log_probs[:, :-1]).sum()
   assert float(found["next_token"].total) == pytest.approx(loss, rel=1e-5)
+
+
+def test_data_sets_of_a_mixture_apart():
+  rng = np.random.default_rng(3)
+  hidden = rng.normal(size=(4, 9, 5)).astype(np.float32)
+  table = rng.normal(size=(5, 7)).astype(np.float32)
+  tokens = rng.integers(0, 7, (4, 9)).astype(np.int32)
+  weight = rng.random((4, 9)).astype(np.float32)
+  kind = np.array([1, 0, 1, 3], np.int32)
+  for chunks in (1, 4):
+    terms = autoregressive.next_token_by_kind(
+        lambda x: x @ table, hidden, tokens, weight, kind, ("a", "b", "c"),
+        chunks=chunks,
+    )  # fmt: skip
+    assert set(terms) == {
+        f"{name}_{of}" for name in ("next_token", "accuracy") for of in "abc"
+    }
+    for number, name in enumerate("abc"):
+      own = kind == number
+      alone = autoregressive.next_token(
+          lambda x: x @ table, hidden[own], tokens[own], weight[own]
+      )
+      for metric, term in alone.items():
+        found = terms[f"{metric}_{name}"]
+        np.testing.assert_allclose(found, term, rtol=1e-5)

@@ -304,3 +304,14 @@ def test_host_memory_stays_near_one_leaf():
   tracemalloc.stop()
   assert total == 16 * 2**20
   assert peak < 4 * 2**20
+
+
+def test_a_second_name_is_read_only_where_the_first_is_missing():
+  table = (Rule("new.{i}", "a[i]"), Rule("old.{i}", "a[i]", spare=True))
+  leaf = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
+  both = {f"{n}.{i}": leaf["a"][i] + (n == "old") for n in ("new", "old")
+          for i in range(2)}  # fmt: skip
+  check_equal(engine.load(Memory(both), table, leaf), leaf)
+  older = {f"old.{i}": leaf["a"][i] for i in range(2)}
+  check_equal(engine.load(Memory(older), table, leaf), leaf)
+  assert list(engine.describe(table, leaf)) == ["new.0", "new.1"]

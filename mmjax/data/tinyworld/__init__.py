@@ -3,9 +3,11 @@
 from mmjax.data.tinyworld.documents import (
     FewShot,
     InterleavedDocuments,
+    NamedDigits,
     RetrievalDialogues,
     dialogue_retrieval_set,
 )
+from mmjax.data.tinyworld.look_alikes import LookAlikes
 from mmjax.data.tinyworld.phrases import Phrases
 from mmjax.data.tinyworld.questions import (
     Dialogues,
@@ -31,6 +33,8 @@ __all__ = [
     "Dialogues",
     "FewShot",
     "InterleavedDocuments",
+    "NamedDigits",
+    "LookAlikes",
     "Phrases",
     "Quizzes",
     "RetrievalDialogues",

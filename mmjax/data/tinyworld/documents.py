@@ -12,7 +12,7 @@ import numpy as np
 from mmjax.data.batch import Example
 from mmjax.data.templates import IMAGE, Turn
 from mmjax.data.tinyworld import digits, tasks, text
-from mmjax.data.tinyworld.digits import Split
+from mmjax.data.tinyworld.digits import Dice, Split
 from mmjax.data.tinyworld.text import Look
 
 # Words that mean nothing until an episode says what.
@@ -225,6 +225,68 @@ class FewShot:
         positions.append(own.choose(scans))
       looks.append(Look.drawn(hand.labels[positions[-1]], own))
     return words, positions, looks
+
+
+class NamedDigits:
+  """Pictures of one digit, each followed by the invented name of its digit.
+
+  The ten names are the same in all examples, in both splits: a data set whose
+  classes are learned from examples in a prompt or not at all.
+  """
+
+  shown = 1
+
+  def __init__(
+      self,
+      split: Split,
+      size: int = 32,
+      length: int | None = None,
+      seed: int = 0,
+      variety: float = 1.0,
+      warp: float = 0.0,
+  ) -> None:
+    """A source of `length` examples, whose names are drawn by `seed`.
+
+    Args:
+      split: "train" or "test".
+      size: side of the pictures in pixels.
+      length: as for `tasks.Classification`.
+      seed: likewise.
+      variety: likewise.
+      warp: likewise.
+
+    Raises:
+      ValueError: if an argument cannot be.
+    """
+    self._size = size
+    self._deck = tasks.Deck.make(
+        "named digits", split, size, length, seed, variety, warp
+    )
+    dice = Dice("names of digits", seed)
+    self.names = tuple(WORDS[n] for n in dice.sample(10, len(WORDS)))
+
+  def __len__(self) -> int:
+    return self._deck.length
+
+  def conversation(self, index: int) -> list[Turn]:
+    """See `conversations.Conversations`."""
+    return [Turn("user", IMAGE), Turn("assistant", self.answer(index))]
+
+  def pictures(self, index: int) -> np.ndarray:
+    """The picture, f32[1, size, size, 3]."""
+    position, dice = self._deck.deal(index)
+    digit = digits.hand(self._deck.split).labels[position]
+    look = Look.drawn(digit, dice)
+    return _draw(self._deck, index, [position], [look], self._size)
+
+  def answer(self, index: int) -> str:
+    """The name."""
+    position, _ = self._deck.deal(index)
+    return self.names[digits.hand(self._deck.split).labels[position]]
+
+  def labels(self, index: int) -> Example:
+    """None."""
+    return {}
 
 
 class RetrievalDialogues:
