@@ -17,7 +17,7 @@ from mmjax.kernels import flash_attention as flash
 from mmjax.nn import linear, ring
 from mmjax.nn.cache import Cache
 from mmjax.nn.mask import Mask
-from mmjax.nn.partitioning import Initializer
+from mmjax.nn.partitioning import Initializer, declared
 from mmjax.nn.rope import Rotation
 
 # Up to so many new tokens are attended to the cache where it lies; for more, a
@@ -206,6 +206,8 @@ class Attention(nn.Module):
     qkv_bias_init: of the query, key and value biases; None for no biases.
     dtype: of the computation.
     biased: which of "query", "key" and "value" have that bias.
+    extra_init: of one learned key and one learned value that all queries see
+      behind the others (PyTorch's `add_bias_kv`); None for none.
   """
 
   heads: int
@@ -214,6 +216,7 @@ class Attention(nn.Module):
   qkv_bias_init: Initializer | None = linear.ZEROS
   dtype: Any = jnp.float32
   biased: Sequence[str] = ("query", "key", "value")
+  extra_init: Initializer | None = None
 
   @nn.compact
   def __call__(
@@ -223,7 +226,7 @@ class Attention(nn.Module):
 
     Args:
       x: gives the queries.
-      mask: of Q queries and K keys.
+      mask: of Q queries and K keys, the extra one included.
       seen: [B, K, C], gives keys and values; by default `x` itself.
 
     Raises:
@@ -248,6 +251,8 @@ class Attention(nn.Module):
     seen = x if seen is None else seen
     q = project("query", x)
     k, v = project("key", seen), project("value", seen)
+    if self.extra_init is not None:
+      k, v = self._extended("extra_key", k), self._extended("extra_value", v)
     y = dot_product_attention(q, k, v, mask, scale=head_dim**-0.5)
     return linear.Linear(
         width,
@@ -256,6 +261,17 @@ class Attention(nn.Module):
         dtype=self.dtype,
         name="out",
     )(y)
+
+  def _extended(self, name: str, x: jax.Array) -> jax.Array:
+    """[B, K, H, D] with a learned vector for each head behind the others."""
+    extra = self.param(
+        name,
+        declared(self.extra_init, "heads", "head_dim"),
+        x.shape[2:],
+        jnp.float32,
+    )
+    extra = jnp.broadcast_to(extra.astype(x.dtype), (len(x), 1, *x.shape[2:]))
+    return jnp.concatenate([x, extra], axis=1)
 
 
 class CachedAttention(nn.Module):

@@ -114,8 +114,8 @@ def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
 class PatchEmbed(nn.Module):
   """Cuts an image into patches and projects each (ViT, section 3.1).
 
-  Equal to a convolution whose kernel and stride are the patch, written as the
-  one matrix product that it is.
+  Equal to a convolution whose kernel is the patch, written as the one matrix
+  product that it is.
 
   Attributes:
     patch: side of a patch, pixels.
@@ -123,6 +123,8 @@ class PatchEmbed(nn.Module):
     kernel_init: drawn for the flattened `[P * P * C, D]` matrix.
     bias_init: None for no bias.
     dtype: of the computation.
+    stride: from patch to patch, pixels; None for patches side by side. What is
+      left at the right and at the bottom is not read.
   """
 
   patch: int
@@ -130,18 +132,20 @@ class PatchEmbed(nn.Module):
   kernel_init: Initializer = XAVIER
   bias_init: Initializer | None = ZEROS
   dtype: Any = jnp.float32
+  stride: int | None = None
 
   @nn.compact
   def __call__(self, image: jax.Array) -> jax.Array:
-    """Maps f32[B, H, W, C] to [B, H / P, W / P, D].
+    """Maps f32[B, H, W, C] to [B, rows, columns, D].
 
     Raises:
-      ValueError: if a side of the image is no multiple of the patch.
+      ValueError: if a side of the image is no multiple of the patch and there
+        is no stride.
     """
     chex.assert_rank(image, 4)
     batch, height, width, channels = image.shape
     p = self.patch
-    if height % p or width % p:
+    if self.stride is None and (height % p or width % p):
       raise ValueError(
           f"image of {height}x{width} pixels: both sides must be multiples of "
           f"the patch of {p}"
@@ -157,7 +161,12 @@ class PatchEmbed(nn.Module):
         (p, p, channels, self.features),
         jnp.float32,
     )
-    x = image.reshape(batch, height // p, p, width // p, p, channels)
+    if self.stride is None:
+      x = image.reshape(batch, height // p, p, width // p, p, channels)
+    else:
+      starts = lambda side: jnp.arange(0, side - p + 1, self.stride)[:, None]
+      x = image[:, starts(height) + jnp.arange(p)]
+      x = x[:, :, :, starts(width) + jnp.arange(p)]
     x = x.transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(*x.shape[:3], p * p * channels).astype(self.dtype)
     y = x @ kernel.reshape(-1, self.features).astype(self.dtype)

@@ -38,6 +38,8 @@ class BlockInit:
   mlp_bias: Initializer | None = linear.normal(1e-6)
   # Which of the three have `qkv_bias`: a bias of keys changes nothing.
   biased: tuple[str, ...] = ("query", "key", "value")
+  # Of a key and a value that all queries see besides; None for none.
+  extra: Initializer | None = None
 
 
 class Mlp(nn.Module):
@@ -151,8 +153,16 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
-    """Maps [B, L, D] to [B, L, D]; the None is what `nn.scan` stacks."""
+  def __call__(
+      self, x: jax.Array, mask: Mask, skip: jax.Array | float = 0.0
+  ) -> tuple[jax.Array, None]:
+    """Maps [B, L, D] to [B, L, D]; the None is what `nn.scan` stacks.
+
+    Args:
+      x: [B, L, D].
+      mask: of L queries and L keys, or one more with `inits.extra`.
+      skip: rate at which a row leaves out either half, see `drop_path`.
+    """
     x = sharding.constrain(x, "batch", "length", None)
     y = LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
     y = Attention(
@@ -162,9 +172,10 @@ class Block(nn.Module):
         self.inits.qkv_bias,
         self.dtype,
         self.inits.biased,
+        self.inits.extra,
         name="attention",
     )(y, mask)
-    x = x + dropout(self, y, self.dropout)
+    x = x + drop_path(self, dropout(self, y, self.dropout), skip)
     y = LayerNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
     y = Mlp(
         self.mlp,
@@ -174,7 +185,7 @@ class Block(nn.Module):
         self.dtype,
         name="mlp",
     )(y)
-    return x + y, None
+    return x + drop_path(self, y, skip), None
 
 
 class CrossBlock(nn.Module):
@@ -348,6 +359,24 @@ def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
   if rate == 0.0 or not module.has_rng("dropout"):
     return x
   keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), 0.0).astype(x.dtype)
+
+
+def drop_path(
+    module: nn.Module, x: jax.Array, rate: jax.Array | float
+) -> jax.Array:
+  """Stochastic depth (Huang et al. 2016), under the rule of `dropout`.
+
+  Args:
+    module: whose rng decides.
+    x: [B, L, D], what a block adds to its input.
+    rate: at which whole rows add nothing; the others add so much more.
+  """
+  if isinstance(rate, float) and not rate or not module.has_rng("dropout"):
+    return x
+  keep = jax.random.bernoulli(
+      module.make_rng("dropout"), 1 - rate, (len(x), 1, 1)
+  )
   return jnp.where(keep, x / (1 - rate), 0.0).astype(x.dtype)
 
 
