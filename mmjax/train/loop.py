@@ -15,6 +15,7 @@ import numpy as np
 
 from mmjax import config as config_lib
 from mmjax import sharding
+from mmjax.data.sources import quarantine
 from mmjax.train import checkpoint, feed, metrics, peers, spikes
 from mmjax.train.plan import (
     Plan,
@@ -227,6 +228,8 @@ def _train(
     )
     stack.callback(run.close_writers)
     run.open_writers(start)
+    for bad in quarantine.of(stream.source for stream in plan.streams):
+      bad.list_in(str(folder / "quarantine.jsonl"))
     state = (
         first_state(plan)
         if saved is None

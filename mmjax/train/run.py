@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import mmjax
+from mmjax.data.sources import quarantine
 from mmjax.train import checkpoint, metrics, spikes
 from mmjax.train.plan import Plan, first_state
 from mmjax.train.state import TrainState
@@ -145,11 +146,16 @@ class Run:
     if step % max(self.config["log_every"], 1) == 0 or step == steps:
       order = ["loss", *sorted(found.keys() - {"loss", "grad_norm"})]
       values = {name: float(found[name]) for name in [*order, "grad_norm"]}
+      # Records that this process could not read, so far.
+      bad = quarantine.of(stream.source for stream in self.plan.streams)
+      if bad:
+        values["quarantined"] = float(sum(map(len, bad)))
       speed = self.meter.read(step)
       self.write(step, values | speed, {})
       del values["skipped_in_a_row"]
-      if not values["skipped"]:
-        del values["skipped"]
+      for name in ("skipped", "quarantined"):
+        if not values.get(name):
+          values.pop(name, None)
       self.say(metrics.progress_line(step, steps, values, speed))
 
   def rewind(self, spike: spikes.Spike) -> tuple[TrainState, int, int]:

@@ -40,29 +40,16 @@ class Facts(NamedTuple):
   detail: str
 
 
-@contextlib.contextmanager
-def open_picture(data: bytes, limits: Limits) -> Iterator[Image.Image]:
-  """A picture that is not yet decoded; of a moving one, its first frame.
-
-  Raises:
-    BadRecord: if it cannot be opened, or, on leaving, if what was done within
-      found it broken.
-  """
-  found = limits_lib.allowed(data, limits_lib.IMAGES, limits)
-  with _broken(found), Image.open(io.BytesIO(data), formats=(found,)) as image:
-    limits.check(pixels=image.width * image.height)
-    yield image
-
-
 def picture(
     data: bytes,
     transform: Callable[[Image.Image, int], np.ndarray],
     size: int,
     limits: Limits = limits_lib.DEFAULT,
 ) -> np.ndarray:
-  """`transform(picture, size)` of the picture in `data`, f32[size, size, 3]."""
-  with open_picture(data, limits) as image:
-    with _broken(image.format):
+  """`transform(picture, size)` of a picture; of a moving one, its first frame.
+  """
+  with _open_picture(data, limits) as (found, image):
+    with _broken(found):
       image.load()
     return transform(image, size)
 
@@ -121,19 +108,19 @@ def video(
   Returns:
     f32[frames, size, size, 3].
   """
+  kept = []
   with _open_video(data, limits) as (found, container, stream):
     with _broken(found):
       times = _times(container, stream, limits)
       span = (times[-1] - times[0]) / max(len(times) - 1, 1) * len(times)
       wanted = [times[0] + (k + 0.5) * span / frames for k in range(frames)]
       container.seek(0)
-      kept = [
-          transform(frame.to_image(), size)
-          for frame in _shown_at(container.decode(stream), wanted, limits)
-      ]
-    if len(kept) < frames:
-      raise BadRecord(f"{found}: no frame can be decoded")
-    return np.stack(kept)
+    shown = _shown_at(container.decode(stream), wanted, limits)
+    while len(kept) < frames:
+      with _broken(found):
+        image = next(shown).to_image()
+      kept.append(transform(image, size))
+  return np.stack(kept)
 
 
 def facts(data: bytes, limits: Limits = limits_lib.DEFAULT) -> Facts | None:
@@ -144,7 +131,7 @@ def facts(data: bytes, limits: Limits = limits_lib.DEFAULT) -> Facts | None:
   """
   found = limits_lib.kind(data)
   if found in limits_lib.IMAGES:
-    with open_picture(data, limits) as image:
+    with _open_picture(data, limits) as (_, image):
       return Facts(found, image.width, image.height, 0.0, image.mode)
   if found in limits_lib.SOUNDS:
     with _open_sound(data, limits) as (_, file):
@@ -165,13 +152,26 @@ def _broken(found: str) -> Iterator[None]:
   """Turns whatever a decoder raises into a `BadRecord`."""
   try:
     yield
-  except BadRecord:
+  except (BadRecord, MemoryError):
     raise
-  except MemoryError:
-    raise
+  except StopIteration:
+    raise BadRecord(f"{found}: no frame can be decoded") from None
   except Exception as error:
     reason = str(error).split("\n")[0] or type(error).__name__
     raise BadRecord(f"{found}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _open_picture(
+    data: bytes, limits: Limits
+) -> Iterator[tuple[str, Image.Image]]:
+  """A picture that is not yet decoded."""
+  found = limits_lib.allowed(data, limits_lib.IMAGES, limits)
+  with _broken(found):
+    image = Image.open(io.BytesIO(data), formats=(found,))
+  with image:
+    limits.check(pixels=image.width * image.height)
+    yield found, image
 
 
 @contextlib.contextmanager
@@ -228,6 +228,7 @@ def _shown_at(
   todo, shown = iter([*wanted, math.inf]), None
   time = next(todo)
   for frame in frames:
+    # A stream may change its size on the way.
     limits.check(pixels=frame.width * frame.height)
     while shown is not None and (frame.time or 0.0) > time:
       yield shown

@@ -46,7 +46,7 @@ class Quarantine:
     self.path, self.share = path, share
     self._length = length
     self._reads = 0
-    self._reasons: dict[int, str] = {}
+    self._entries: dict[int, tuple[str, str]] = {}
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
@@ -57,10 +57,10 @@ class Quarantine:
     vars(self).update(state, _lock=threading.Lock())
 
   def __contains__(self, index: int) -> bool:
-    return index in self._reasons
+    return index in self._entries
 
   def __len__(self) -> int:
-    return len(self._reasons)
+    return len(self._entries)
 
   def read(self, count: int = 1) -> None:
     """Counts records that were asked for."""
@@ -74,18 +74,26 @@ class Quarantine:
       TooManyBad: if that makes too many.
     """
     with self._lock:
-      if index in self._reasons:
+      if index in self._entries:
         return
-      self._reasons[index] = f"{name}: {reason}"
+      self._entries[index] = name, reason
       if self.path is not None:
-        _append(self.path, dict(index=index, record=name, reason=reason))
+        _append(self.path, index, name, reason)
       seen = min(max(self._reads, self.FIRST), self._length)
-      if len(self._reasons) > math.floor(self.share * seen):
+      if len(self._entries) > math.floor(self.share * seen):
         raise TooManyBad(self.message(f"of {seen:,}"))
+
+  def list_in(self, path: str) -> None:
+    """Lists bad records in a file, also those so far, unless one is set."""
+    with self._lock:
+      if self.path is None:
+        self.path = path
+        for index, (name, reason) in self._entries.items():
+          _append(path, index, name, reason)
 
   def message(self, among: str) -> str:
     """What is wrong, with the first reasons."""
-    lines = list(self._reasons.values())
+    lines = [f"{name}: {reason}" for name, reason in self._entries.values()]
     shown = "".join(f"\n  {line}" for line in lines[:5])
     more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
     where = f"\nAll of them are listed in {self.path}." if self.path else ""
@@ -108,11 +116,11 @@ def of(sources: Iterable[Any]) -> list[Quarantine]:
   return found
 
 
-def _append(path: str, entry: dict[str, Any]) -> None:
+def _append(path: str, index: int, name: str, reason: str) -> None:
   """One write in append mode: lines of several processes do not mix."""
   file = pathlib.Path(path)
   file.parent.mkdir(parents=True, exist_ok=True)
-  line = json.dumps(entry) + "\n"
+  line = json.dumps(dict(index=index, record=name, reason=reason)) + "\n"
   if file.exists() and line in file.read_text():  # Of the run before a resume.
     return
   handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
