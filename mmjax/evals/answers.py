@@ -34,7 +34,7 @@ import numpy as np
 from mmjax import config as config_lib
 from mmjax.data.conversations import Written
 from mmjax.evals import captions, figures, run
-from mmjax.sampling import autoregressive, decoding
+from mmjax.sampling import autoregressive, decoding, processors
 
 
 class Writer(Protocol):
@@ -160,7 +160,11 @@ class Answers:
   def write(self, system: Any, variables: Any) -> list[str]:
     """The answers, in order."""
     formatter = self.source.formatter
-    settings = decoding.Decoding(self.max_new, stop=formatter.ends())
+    settings = decoding.Decoding(
+        self.max_new,
+        stop=formatter.ends(),
+        processors=[processors.Known(formatter.tokenizer.vocabulary_size)],
+    )
 
     def generate(variables: Any, batch: Any) -> dict[str, Any]:
       steps = writer(system, variables, batch, self.max_new)

@@ -40,10 +40,8 @@ def _first(
 
 def _second(width: int, depth: int, heads: int, mlp: int) -> dict[str, Any]:
   """A size of T5 1.1, and of Flan-T5."""
-  return dict(
-      vocab=32_128, width=width, encoder_depth=depth, decoder_depth=depth,
-      heads=heads, head_dim=64, mlp=mlp,
-  )  # fmt: skip
+  own = dict(mlp_kind="gated", activation="gelu_new", readout="own")
+  return _first(width, depth, heads, mlp) | own | dict(logit_scale=1.0)
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -157,13 +155,9 @@ class Encoder(nn.Module):
     mask = masks.full(length)
     if count is not None:
       mask = masks.padded(mask, place < count[:, None])
-    (x, _), _ = self.blocks(
-        (x.astype(self.parts.dtype), None),
-        jnp.arange(self.depth),
-        mask,
-        None,
-        self.position(place, place),
-    )
+    layers, bias = jnp.arange(self.depth), self.position(place, place)
+    x = x.astype(self.parts.dtype)
+    (x, _), _ = self.blocks((x, None), layers, mask, None, bias)
     return self.norm(x)
 
 
@@ -219,13 +213,10 @@ class Decoder(nn.Module):
       if seen_count is not None:
         there = jnp.arange(seen.shape[1]) < seen_count[:, None]
         seen_mask = masks.padded(seen_mask, there)
+    layers, bias = jnp.arange(self.depth), self.position(query, key)
+    x = x.astype(self.parts.dtype)
     (x, state), _ = self.blocks(
-        (x.astype(self.parts.dtype), state),
-        jnp.arange(self.depth),
-        mask,
-        seen_mask,
-        seen,
-        self.position(query, key),
+        (x, state), layers, mask, seen_mask, seen, bias
     )
     if state is not None:
       own = state.own.advanced(length if count is None else count)
@@ -296,14 +287,18 @@ class T5(nn.Module):
       self.head = linear.Head(self.vocab, self.width**-0.5, self.dtype)
 
   @nn.nowrap
-  def init_state(self, batch: int, slots: int, seen: int) -> CrossCache:
+  def init_state(
+      self, batch: int, slots: int, seen: int | None = None
+  ) -> CrossCache:
     """An empty memory of the decoder.
 
     Args:
       batch: B.
       slots: tokens that a row may write.
-      seen: vectors of the encoder that a row may look at, padding included.
+      seen: vectors of the encoder that a row may look at, padding included;
+        as many as `slots` by default.
     """
+    seen = slots if seen is None else seen
     empty = lambda slots: cache.empty(
         self.decoder_depth, batch, self.heads, slots, self.head_dim, self.dtype
     )
@@ -354,10 +349,7 @@ class T5(nn.Module):
   ) -> tuple[jax.Array, CrossCache | None]:
     """What `logits` reads: the last block's result, normed. See `decode`."""
     if seen is None and state is None:
-      raise ValueError(
-          "decoder: expected `seen`, what the encoder gave, or a state that "
-          "has it"
-      )
+      raise ValueError("decoder: expected `seen`, or a state that has it")
     return self.decoder(self.embed(tokens), seen, seen_count, state, count)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
@@ -394,6 +386,23 @@ class T5(nn.Module):
     x, state = self.decode_hidden(tokens, seen, seen_count, state, count)
     return self.logits(x), state
 
+  def prefill(
+      self, batch: dict[str, jax.Array], state: CrossCache, count: jax.Array
+  ) -> tuple[jax.Array, CrossCache]:
+    """The encoder reads `tokens` i32[B, L], the decoder its first token.
+
+    With `reply` the protocol of `mmjax.evals.answers`.
+    """
+    seen = self.encode(batch["tokens"], count=count)
+    begin = jnp.full((len(seen), 1), self.start, jnp.int32)
+    return self.decode(begin, seen, count, state)
+
+  def reply(
+      self, tokens: jax.Array, state: CrossCache, count: jax.Array
+  ) -> tuple[jax.Array, CrossCache]:
+    """As `decode`, of what is behind the state."""
+    return self.decode(tokens, state=state, count=count)
+
   def __call__(
       self,
       tokens: jax.Array,
@@ -418,10 +427,8 @@ class T5(nn.Module):
 
 def opened(system: T5, targets: jax.Array) -> jax.Array:
   """What the decoder reads of i32[B, M]: the start before it, [B, M + 1]."""
-  begin = ((0, 0), (1, 0))
-  return jnp.pad(
-      jnp.maximum(targets, 0), begin, constant_values=system.start
-  )
+  tokens, begin = jnp.maximum(targets, 0), ((0, 0), (1, 0))
+  return jnp.pad(tokens, begin, constant_values=system.start)
 
 
 @objective("tokens", "segment", "targets")

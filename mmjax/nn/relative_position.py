@@ -96,4 +96,4 @@ class RelativePositions(nn.Module):
     ]
     distance = key[:, None, :] - query[:, :, None]
     index = jnp.clip(distance, -self.longest, self.longest) + self.longest
-    return jnp.moveaxis(by_distance[index], -1, 1)
+    return jnp.moveaxis(jnp.take(by_distance, index, axis=0), -1, 1)

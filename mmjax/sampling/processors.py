@@ -106,3 +106,20 @@ class Forbidden:
     """Changes one column of f32[B, V]."""
     del seen  # What came before does not matter.
     return logits.at[:, self.token].set(-jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """The processor that lets only the first `count` tokens come.
+
+  A table may have more rows than its tokenizer has tokens.
+  """
+
+  count: int
+
+  def __call__(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
+    """Changes the last columns of f32[B, V]."""
+    del seen  # What came before does not matter.
+    return jnp.where(
+        jnp.arange(logits.shape[-1]) < self.count, logits, -jnp.inf
+    )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mmjax import config, pretrained, sharding
+from mmjax.evals import answers
 from mmjax.models import t5
 from mmjax.nn import cache, partitioning
 from mmjax.sampling import autoregressive, beam
@@ -89,60 +90,61 @@ def test_published_sizes():
     assert t5.LAYOUT.system(written, []) == system
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def encode(system, variables, tokens, count):
+  return system.apply(variables, tokens, count=count, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(system, variables, tokens, seen, seen_count, state, count):
+  return system.apply(
+      variables, tokens, seen, seen_count, state, count, method="decode"
+  )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_are_those_of_transformers(name):
   system, variables, arrays = golden(name)
   count = arrays["in.count"]
-  seen = system.apply(
-      variables, arrays["in.tokens"], count=count, method="encode"
-  )
+  seen = encode(system, variables, arrays["in.tokens"], count)
   there = np.arange(seen.shape[1]) < count[:, None]
   close(seen * there[..., None], arrays["out.encoded"])
-  logits, state = system.apply(
-      variables, arrays["in.targets"], seen, count, method="decode"
+  logits, state = decode(
+      system, variables, arrays["in.targets"], seen, count, None, None
   )
   close(logits, arrays["out.logits"])
   assert state is None
 
 
-def begin(variables, tokens, valid, state, *, system, seen, count):
-  return system.apply(
-      variables, tokens, seen, count, state, valid, method="decode"
+def prompts(system, variables, arrays):
+  """What both engines take."""
+  new = arrays["out.greedy"].shape[1]
+  tokens, count = arrays["in.tokens"], arrays["in.count"]
+  segment = (np.arange(tokens.shape[1]) < count[:, None]).astype(np.int32)
+  steps = answers.writer(
+      system, variables, dict(tokens=tokens, segment=segment), new
   )
-
-
-def step(variables, tokens, valid, state, *, system):
-  return system.apply(
-      variables, tokens, state=state, count=valid, method="decode"
-  )
+  return steps._asdict() | dict(decoding=Decoding(max_new=new, eos=(1,)))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_texts_are_those_of_transformers(name):
-  """Greedy and beam search, token by token."""
+def test_greedy_texts_are_those_of_transformers(name):
   system, variables, arrays = golden(name)
-  expected, count = arrays["out.beam"], arrays["in.count"]
-  rows, width, new = expected.shape
-  seen = system.apply(
-      variables, arrays["in.tokens"], count=count, method="encode"
-  )
-  bind = lambda function, **kwargs: jax.tree_util.Partial(
-      functools.partial(function, system=system, **kwargs), variables
-  )
-  prompt = dict(
-      state=system.init_state(rows, new, seen.shape[1]),
-      tokens=np.full((rows, 1), system.start),
-      valid=np.ones(rows, np.int32),
-      decoding=Decoding(max_new=new, eos=(1,)),
-      prefill=bind(begin, seen=seen, count=count),
-  )
-  found = beam.beam_search(
-      bind(step), cache.reordered, beam=beam.Beam(width, 0.6), **prompt
-  )
-  np.testing.assert_array_equal(found.tokens, expected)
-  np.testing.assert_allclose(found.scores, arrays["out.scores"], atol=1e-4)
-  found, _ = autoregressive.generate(bind(step), **prompt)
+  found, _ = autoregressive.generate(**prompts(system, variables, arrays))
   np.testing.assert_array_equal(found.tokens, arrays["out.greedy"])
+
+
+@pytest.mark.parametrize("name", ["t5_gated", "t5_exact"])
+def test_beams_are_those_of_transformers(name):
+  system, variables, arrays = golden(name)
+  width = arrays["out.scores"].shape[1]
+  found = beam.beam_search(
+      reorder=cache.reordered,
+      beam=beam.Beam(width, 0.6),
+      **prompts(system, variables, arrays),
+  )
+  np.testing.assert_array_equal(found.tokens, arrays["out.beam"])
+  np.testing.assert_allclose(found.scores, arrays["out.scores"], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -182,53 +184,45 @@ def test_configs_in_the_words_of_old_and_new_releases():
     t5.LAYOUT.config(SMALL.clone(logit_scale=0.3))
 
 
-def test_chunks_with_state_equal_the_whole_without():
+@pytest.mark.parametrize("ragged", [False, True])
+def test_chunks_with_state_equal_the_whole_without(ragged):
   """Rows whose inputs differ in length, then texts that do."""
   variables, expected = drawn(), whole()
   inputs = np.asarray(t5.opened(SMALL, TARGETS))
-  run = jax.jit(
-      functools.partial(SMALL.apply, method="decode"), donate_argnums=4
-  )
-  seen = SMALL.apply(variables, TOKENS, count=COUNT, method="encode")
-  for sizes in ([1] * 8, [3, 1, 4]):
-    state, at = SMALL.init_state(3, 8, 11), 0
-    for size in sizes:
-      first = (seen, COUNT) if at == 0 else (None, None)
-      part = inputs[:, at : at + size]
-      logits, state = run(variables, part, *first, state)
-      close(logits, expected[:, at : at + size])
-      at += size
-    np.testing.assert_array_equal(state.own.length, [8] * 3)
-    np.testing.assert_array_equal(state.seen.length, COUNT)
-  state = SMALL.init_state(3, 10, 11)
-  at, first = np.zeros(3, np.int32), (seen, COUNT)
-  for counts in ([3, 1, 2], [1, 0, 2]):
-    part = np.full((3, 3), 29, np.int32)
+  seen = encode(SMALL, variables, TOKENS, COUNT)
+  first, state = (seen, COUNT), SMALL.init_state(3, 8, 11)
+  at = np.zeros(3, np.int32)
+  full = [np.full(3, 3), *[np.ones(3, int)] * 5]
+  uneven = np.array([[3, 1, 2], [1, 0, 1], [0, 1, 1]])
+  for counts in uneven if ragged else full:
+    size = 3 if first[0] is not None else 1
+    part = np.full((3, size), 29, np.int32)
     for row, (begins, count) in enumerate(zip(at, counts)):
       part[row, :count] = inputs[row, begins : begins + count]
-    logits, state = run(variables, part, *first, state, np.array(counts))
+    logits, state = decode(SMALL, variables, part, *first, state, counts)
     for row, (begins, count) in enumerate(zip(at, counts)):
       if count:
         close(logits[row, :count], expected[row, begins : begins + count])
-    at, first = at + np.array(counts), (None, None)
+    at, first = at + counts, (None, None)
+    np.testing.assert_array_equal(state.own.length, at)
+    np.testing.assert_array_equal(state.seen.length, COUNT)
 
 
 def test_padding_is_seen_by_nobody():
-  variables, expected = drawn(), whole()
-  for row, count in enumerate(COUNT):
-    close(
-        SMALL.apply(
-            variables, TOKENS[row : row + 1, :count], TARGETS[row : row + 1]
-        ),
-        expected[row : row + 1],
-    )
+  variables, count = drawn(), COUNT[1:2]
+  run = jax.jit(SMALL.apply)
+  found = run(variables, TOKENS[1:2, : count[0]], TARGETS[1:2])
+  close(found, whole()[1:2])
+  other = np.where(SEGMENT == 0, 1 + TOKENS % 5, TOKENS)
+  close(run(variables, other, TARGETS, SEGMENT), whole(), 1e-6)
 
 
 def test_soft_prompts_stand_for_their_tokens():
   variables = drawn()
   vectors = SMALL.apply(variables, TOKENS, method="embeddings")
-  encode = functools.partial(SMALL.apply, variables, method="encode")
-  close(encode(None, vectors, COUNT), encode(TOKENS, count=COUNT), 1e-6)
+  run = jax.jit(functools.partial(SMALL.apply, method="encode"))
+  found = run(variables, embeddings=vectors, count=COUNT)
+  close(found, encode(SMALL, variables, TOKENS, COUNT), 1e-6)
 
 
 BATCH = dict(tokens=TOKENS, segment=SEGMENT, targets=TARGETS)
@@ -237,9 +231,8 @@ BATCH = dict(tokens=TOKENS, segment=SEGMENT, targets=TARGETS)
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_the_objective_is_the_surprise_of_the_targets(chunks):
   targets = np.where(np.arange(8) < np.array([[8], [3], [5]]), TARGETS, -1)
-  terms, mutables = t5.write(
-      SMALL, drawn(), BATCH | dict(targets=targets), None, chunks
-  )
+  run = jax.jit(lambda batch: t5.write(SMALL, drawn(), batch, None, chunks))
+  terms, mutables = run(BATCH | dict(targets=targets))
   log_probs = jax.nn.log_softmax(whole())
   picked = jnp.take_along_axis(log_probs, TARGETS[..., None], 2)[..., 0]
   expected = -np.asarray(picked)[targets >= 0].sum()
@@ -270,7 +263,7 @@ def test_recomputing_and_sharding_change_no_gradient():
 
 def test_half_precision_keeps_logits_in_float32():
   system = SMALL.clone(dtype="bfloat16")
-  found = system.apply(drawn(), TOKENS, TARGETS, SEGMENT)
+  found = jax.jit(system.apply)(drawn(), TOKENS, TARGETS, SEGMENT)
   assert found.dtype == jnp.float32
   close(found, whole(), 0.1)
 

@@ -101,3 +101,14 @@ def test_the_likeliest_token_always_stays():
 def test_top_k_keeps_what_equals_the_kth():
   kept = processors.top_k(jnp.asarray([[3.0, 1.0, 2.0, 1.0, 0.0]]), 3)
   assert jnp.isfinite(kept).tolist() == [[True, True, True, True, False]]
+
+
+def test_one_token_is_scaled_or_forbidden():
+  logits = jnp.asarray([[1.0, 2.0, -3.0], [0.5, -2.0, 4.0]])
+  scaled = processors.Scaled(1, 1.5)
+  assert scaled(logits, None).tolist() == [[1, 3, -3], [0.5, -3, 4]]
+  assert scaled == processors.Scaled(1, 1.5) and hash(scaled)
+  forbidden = processors.Forbidden(2)(logits, None)
+  assert forbidden.tolist() == [[1, 2, -np.inf], [0.5, -2, -np.inf]]
+  known = processors.Known(2)(logits, None)
+  assert known.tolist() == [[1, 2, -np.inf], [0.5, -2, -np.inf]]
