@@ -121,7 +121,10 @@ def check_workdir(
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file at once: a reader finds the old one or the new one."""
   draft = path.with_name(path.name + ".tmp")
-  draft.write_text(json.dumps(value, indent=2) + "\n")
+  try:
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+  except OSError as error:  # Of a full disk it does not say where.
+    raise OSError(error.errno, error.strerror, str(path)) from error
   draft.replace(path)
 
 

@@ -220,7 +220,7 @@ def _welcome(
   except OSError:  # Closed: the run is over.
     return None
   try:
-    link.settimeout(SILENCE)
+    link.settimeout(_ASK)
     if secrets.compare_digest(_read(link, _TOKEN), token):
       index, host = int.from_bytes(_read(link, 4), "big"), _receive(link)
       link.settimeout(None)

@@ -141,7 +141,7 @@ class Run:
           "bad examples, lower the learning rate or clip gradients; "
           "config.abort_after sets the patience"
       )
-    self.monitor.look(step, batches, float(found["loss"]))
+    self.monitor.look(step, batches, found["loss"])
     steps = self.plan.stage.steps
     if step % max(self.config["log_every"], 1) == 0 or step == steps:
       order = ["loss", *sorted(found.keys() - {"loss", "grad_norm"})]

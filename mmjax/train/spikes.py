@@ -7,7 +7,7 @@ spike and leave out the batches around it: with other data it does not return.
 from collections.abc import Mapping
 import dataclasses
 import math
-from typing import Any
+from typing import Any, SupportsFloat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +70,18 @@ class Monitor:
     """What another monitor needs to go on, as JSON."""
     return dict(self._facts)
 
-  def look(self, step: int, batches: int, loss: float) -> None:
+  def look(self, step: int, batches: int, loss: SupportsFloat) -> None:
     """Takes the loss of a step; one that is not finite tells nothing.
+
+    Args:
+      step: which.
+      batches: global batches taken up to it.
+      loss: f32[], left on the device if nobody looks for spikes.
 
     Raises:
       Spike: if it jumped.
     """
-    if not self.policy.spike or not math.isfinite(loss):
+    if not self.policy.spike or not math.isfinite(loss := float(loss)):
       return
     seen, decay = self._facts["seen"], 1 - 1 / self.policy.window
     if seen >= self.policy.window:
