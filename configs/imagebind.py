@@ -1,0 +1,156 @@
+"""ImageBind (Girdhar et al. 2023): `configs/imagebind.py:size=tiny,stage=bind`.
+
+Sizes: see `mmjax.models.imagebind.SIZES`. Stages: `align`, pictures and text as
+in CLIP (the paper takes OpenCLIP's towers instead), and `bind`, which binds
+speech, depth, heat and movement to pictures while the towers of pictures and
+text stay frozen (section 3.2, appendix B).
+"""
+
+import ml_collections
+
+from mmjax import config as config_lib
+from mmjax.data import tinyworld
+from mmjax.data.tinyworld import text
+from mmjax.models import imagebind
+
+SIZES = tuple(imagebind.SIZES)
+STAGES = ("align", "bind")
+
+# (batch, steps, warm-up, peak learning rate) of each stage. The paper trains
+# each pair apart, for 64 epochs (8 for movement) of its own data; here all are
+# trained at once, for as long as speech is there.
+_RECIPES = {
+    "tiny": dict(
+        align=(128, 2400, 100, 2e-3), bind=(128, 2400, 100, 2e-3)
+    ),
+    "huge": dict(
+        align=(32_768, 32 * 2_000_000_000 // 32_768, 2000, 5e-4),
+        bind=(2048, 64 * 2_000_000 // 2048, 2 * 2_000_000 // 2048, 1.6e-3),
+    ),
+}
+# What is trained.
+_LIVE = {
+    "align": "(vision|text)/.*|text_scale",
+    "bind": "(audio|depth|thermal|imu)/.*",
+}
+_WEIGHTS = {
+    "align": dict(text=1.0),
+    "bind": dict.fromkeys(imagebind.BOUND, 1.0),
+}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Arguments.
+
+  Args:
+    arg: size; stage; init, what to start from: for `bind` a run of `align`, or
+      a checkpoint of the official code with all towers.
+  """
+  arg = config_lib.parse_arg(arg, size="tiny", stage="align", init="")
+  config = config_lib.base()
+  size = config_lib.pick(imagebind.SIZES, arg.size, "size")
+  live = config_lib.pick(_LIVE, arg.stage, "stage")
+  config.system = dict(type="mmjax.models.imagebind:ImageBind", **size)
+  config.objective = dict(type=f"mmjax.models.imagebind:{arg.stage}")
+  config.weights = _WEIGHTS[arg.stage]
+  recipe = _RECIPES[arg.size][arg.stage]
+  config.batch_size, config.steps, config.warmup, config.lr = recipe
+  adam = dict(
+      type="mmjax.train.optim:adamw",
+      lr=dict(
+          type="mmjax.train.optim:cosine",
+          peak=config.get_ref("lr"),
+          steps=config.get_ref("steps"),
+          warmup=config.get_ref("warmup"),
+      ),
+      b1=0.9,
+      b2=0.95 if arg.stage == "bind" else 0.98,
+      weight_decay=0.1 if arg.size == "tiny" else 0.2,
+      decay=".*(kernel|embedding|table)",
+  )
+  config.optim = ((live, adam), (".*", None))
+  if arg.size == "tiny":
+    # Not in the paper: the mean of the last steps reads new hands better.
+    config.shadow, config.eval_shadow = ((".*", 0.995),), True
+  else:
+    config.mesh.update(data=1, fsdp=-1)
+    for name in ("vision", "text", "audio", "depth", "thermal", "imu"):
+      config.system[name].dtype = "bfloat16"
+      config.system[name].remat = "full"
+  if arg.init:
+    config.imports = (
+        dict(
+            type="mmjax.train.imports:from_checkpoint",
+            path=arg.init,
+            # These towers begin anew.
+            skip="(audio|depth|thermal|imu)/.*",
+        ),
+    )
+  _data(config, arg.stage)
+  return config.lock()
+
+
+def _data(config: ml_collections.ConfigDict, stage: str) -> None:
+  """Captioned digits, and digits with all their companions."""
+  vision, audio, imu = (
+      config.system[name] for name in ("vision", "audio", "imu")
+  )
+  side = vision.grid[0] * vision.stem.patch
+  bands, frames = (
+      (windows - 1) * audio.stem.stride + audio.stem.patch
+      for windows in audio.grid
+  )
+  tokenizer = dict(
+      type="mmjax.data.tokenizers:load", length=config.system.text.length
+  )
+  seen = dict(size=side, tokenizer=tokenizer)
+  strays = dict(split="train", variety=1.8, warp=0.4)
+  zero_shot = dict(
+      type="mmjax.evals.zero_shot:ZeroShot",
+      source=dict(
+          type="mmjax.data.tinyworld:Classification", split="test", size=side
+      ),
+      tokenizer=tokenizer,
+      classes=tinyworld.CLASSES,
+      templates=tinyworld.TEMPLATES,
+      batch_size=config.batch_size,
+  )
+  if stage == "align":
+    source = dict(type="mmjax.data.tinyworld:CaptionedDigits", **strays, **seen)
+    config.evals = dict(
+        zero_shot=zero_shot,
+        retrieval=dict(
+            type="mmjax.evals.retrieval:Retrieval",
+            source=dict(
+                type="mmjax.data.tinyworld:retrieval_set", split="test", **seen
+            ),
+            batch_size=config.batch_size,
+        ),
+    )
+  else:
+    here = "mmjax.data.tinyworld.senses"
+    seen.update(mel=(frames, bands), samples=imu.grid[0] * imu.stem.patch)
+    source = dict(
+        type=f"{here}:Senses", frames=0, masked=bands // 8, **strays, **seen
+    )
+    test = dict(split="test", **seen)
+    config.evals = dict(
+        emergent=dict(
+            type="mmjax.evals.emergent:Emergent",
+            source=dict(type=f"{here}:Senses", **test),
+            zero_shot=zero_shot,
+            senses=("image", "video", *imagebind.BOUND),
+            pairs=(
+                ("mel", "image"), ("mel", "depth"), ("depth", "thermal"),
+                ("imu", "mel"), ("thermal", "imu"),
+            ),
+            batch_size=config.batch_size,
+        ),
+        arithmetic=dict(
+            type="mmjax.evals.emergent:Arithmetic",
+            source=dict(type=f"{here}:sensed_looks", n=320, frames=0, **test),
+            colours=text.COLOURS,
+            batch_size=config.batch_size,
+        ),
+    )  # fmt: skip
+  config.streams = (dict(source=source, weight=1.0),)
