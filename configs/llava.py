@@ -18,7 +18,7 @@ STAGES = ("align", "finetune")
 
 # (pictures, batch, peak learning rate) of each stage, by version.
 _RECIPES = {
-    "tiny": dict(align=(128_000, 64, 2e-3), finetune=(256_000, 64, 1e-3)),
+    "tiny": dict(align=(38_400, 32, 2e-3), finetune=(64_000, 32, 1e-3)),
     "v1": dict(align=(595_375, 128, 2e-3), finetune=(3 * 157_712, 32, 2e-5)),
     "v1.5": dict(align=(558_128, 256, 1e-3), finetune=(665_298, 128, 2e-5)),
 }
@@ -27,16 +27,32 @@ _LIVE = {
     "align": ("projector/.*",),
     "finetune": ("projector/.*", "llm/.*"),
 }
+# What is talked about in each stage: (source, weight). The second is LLaVA's
+# mixture of questions, conversations and descriptions.
+_QUESTIONS = dict(type="VisualQuestions")
+_CAPTIONS = dict(type="SceneCaptions", counts=(1, 2, 3, 4))
+_TALK: dict[str, tuple[tuple[dict[str, Any], float], ...]] = {
+    "align": ((_CAPTIONS, 1.0),),
+    "finetune": (
+        (dict(_QUESTIONS, exchanges=4), 3.0),
+        (dict(type="Dialogues"), 0.5),
+        (_CAPTIONS, 0.5),
+    ),
+}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Arguments.
 
   Args:
-    arg: size; stage; init, what to start from: a run directory (of `align` for
-      `finetune`), or a directory as transformers saves one.
+    arg: size; stage; vision and llm, where the two parts come from: a run of
+      configs/clip.py and one of configs/llm.py, or directories as transformers
+      saves them; init, where all comes from: a run directory (of `align` for
+      `finetune`), or a directory of LLaVA's as transformers saves one.
   """
-  arg = config_lib.parse_arg(arg, size="tiny", stage="align", init="")
+  arg = config_lib.parse_arg(
+      arg, size="tiny", stage="align", vision="", llm="", init=""
+  )
   config = config_lib.base()
   size = config_lib.pick(llava.SIZES, arg.size, "size")
   live = config_lib.pick(_LIVE, arg.stage, "stage")
@@ -61,10 +77,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.optim = (*((pattern, adam) for pattern in live), (".*", None))
   if arg.size != "tiny":
     _scale(config)
-  if arg.init:
-    config.imports = (
-        dict(type="mmjax.train.imports:from_checkpoint", path=arg.init),
-    )
+  config.imports = _imports(arg)
   _data(config, arg)
   return config.lock()
 
@@ -79,33 +92,81 @@ def _scale(config: ml_collections.ConfigDict) -> None:
     part.remat = "full"
 
 
+def _imports(arg: Any) -> tuple[dict[str, Any], ...]:
+  """The whole, or its parts: CLIP without its last block, and a decoder."""
+  found: list[dict[str, Any]] = []
+  if arg.vision:
+    found.append(
+        dict(
+            type="mmjax.train.imports:from_part",
+            path=arg.vision,
+            source="vision/encoder/",
+            target="vision/",
+            deeper="vision/blocks/.*",
+        )
+    )
+  if arg.llm:
+    found.append(
+        dict(
+            type="mmjax.train.imports:from_part", path=arg.llm, target="llm/"
+        )
+    )
+  if arg.init:
+    found.append(
+        dict(type="mmjax.train.imports:from_checkpoint", path=arg.init)
+    )
+  return tuple(found)
+
+
 def _data(config: ml_collections.ConfigDict, arg: Any) -> None:
   """Captions to align, questions to fine-tune: TinyWorld's, at any size."""
   tower = config.system.vision
-  side = tower.image[0]
-  task, template = {
-      "align": ("SceneCaptions", "plain"),
-      "finetune": ("VisualQuestions", "vicuna"),
-  }[arg.stage]
-  formatter = dict(
-      type="mmjax.data.templates:Formatter",
-      tokenizer=dict(type="mmjax.data.subwords:load"),
-      template=template,
-      length=160 if arg.size == "tiny" else 2048,
-      image_tokens=(side // tower.patch) ** 2,
-  )
-  config.streams = (
+  patches = (tower.image[0] // tower.patch) ** 2
+  tiny = arg.size == "tiny"
+  # Vicuna's opening would be a third of what the tiny model reads.
+  vicuna = dict(name="vicuna", system="") if tiny else dict(name="vicuna")
+  template = dict(name="plain") if arg.stage == "align" else vicuna
+  length = patches + (48 if arg.stage == "align" else 80) if tiny else 2048
+  hand = dict(split="train", size=tower.image[0], variety=1.8, warp=0.4)
+  config.streams = tuple(
       dict(
-          source=dict(
-              type="mmjax.data.conversations:Written",
-              source=dict(
-                  type=f"mmjax.data.tinyworld:{task}",
-                  split="train",
-                  size=side,
-              ),
-              formatter=formatter,
-              key="image",
-          ),
-          weight=1.0,
+          source=_written(source | hand, template, length, patches),
+          weight=weight,
+      )
+      for source, weight in _TALK[arg.stage]
+  )
+  test = dict(split="test", size=tower.image[0])
+  config.evals = dict(
+      questions=dict(
+          type="mmjax.evals.answers:Answers",
+          source=_written(_QUESTIONS | test, vicuna, patches + 32, patches),
       ),
+      captions=dict(
+          type="mmjax.evals.answers:Answers",
+          source=_written(
+              _CAPTIONS | test, dict(name="plain"), patches + 8, patches
+          ),
+          scores=("scene",),
+          examples=256,
+          max_new=48,
+      ),
+  ) if tiny else {}  # fmt: skip
+
+
+def _written(
+    source: dict[str, Any], template: dict[str, Any], length: int, patches: int
+) -> dict[str, Any]:
+  """Conversations of TinyWorld, as LLaVA reads them."""
+  return dict(
+      type="mmjax.data.conversations:Written",
+      source=dict(source, type=f"mmjax.data.tinyworld:{source['type']}"),
+      formatter=dict(
+          type="mmjax.data.templates:Formatter",
+          tokenizer=dict(type="mmjax.data.subwords:load"),
+          template=dict(type="mmjax.data.templates:load", **template),
+          length=length,
+          image_tokens=patches,
+          truncate=True,
+      ),
+      key="image",
   )

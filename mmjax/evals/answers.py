@@ -25,6 +25,7 @@ of a step, and V the vocabulary:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -87,6 +88,19 @@ def writer(
     max_new: tokens to be written at most.
   """
   tokens = batch["tokens"]
+  step, prefill = _functions(system)
+  return Steps(
+      step=jax.tree_util.Partial(step, variables),
+      prefill=jax.tree_util.Partial(prefill, (variables, dict(batch))),
+      state=system.init_state(len(tokens), tokens.shape[1] + max_new),
+      tokens=tokens,
+      valid=(batch["segment"] > 0).sum(axis=1).astype(jnp.int32),
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def _functions(system: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """The step and the prefill of a system: the same ones, compiled once."""
 
   def step(variables: Any, tokens: Any, valid: Any, state: Any) -> Any:
     return system.apply(variables, tokens, state, valid, method="reply")
@@ -98,13 +112,7 @@ def writer(
     batch = dict(batch, tokens=tokens)
     return system.apply(variables, batch, state, valid, method="prefill")
 
-  return Steps(
-      step=jax.tree_util.Partial(step, variables),
-      prefill=jax.tree_util.Partial(prefill, (variables, dict(batch))),
-      state=system.init_state(len(tokens), tokens.shape[1] + max_new),
-      tokens=tokens,
-      valid=(batch["segment"] > 0).sum(axis=1).astype(jnp.int32),
-  )
+  return step, prefill
 
 
 def exact(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:

@@ -147,8 +147,13 @@ class LLaVA(nn.Module):
     Returns:
       [B, L, E].
     """
+    return self.place(self.encode(image), tokens, source)
+
+  def place(
+      self, media: jax.Array, tokens: jax.Array, source: jax.Array
+  ) -> jax.Array:
+    """Text [B, L, E] with rows of `media` [B, M, E] where `source` says."""
     chex.assert_equal_shape([tokens, source])
-    media = self.encode(image)
     words = self.llm.embeddings(jnp.where(source < 0, tokens, 0))
     seen = jnp.take_along_axis(
         media, jnp.maximum(source, 0)[..., None], axis=1
@@ -201,6 +206,15 @@ class LLaVA(nn.Module):
         image, tokens, source, position, mask, state, count
     )
     return self.logits(x), state
+
+  def prefill(
+      self, batch: Mapping[str, jax.Array], state: Cache, count: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Reads prompts; see `mmjax.evals.answers`."""
+    image = batch["images" if "images" in batch else "image"]
+    return self(
+        image, batch["tokens"], batch["source"], state=state, count=count
+    )
 
   def reply(
       self,

@@ -1,7 +1,5 @@
 """Greedy answers: written by a system that is known, and scored."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,9 +8,10 @@ import pytest
 
 from mmjax.data import conversations, subwords, templates
 from mmjax.data.templates import IMAGE, Turn
-from mmjax.data.tinyworld import questions, text, written
+from mmjax.data.tinyworld import questions, text
 from mmjax.evals import answers, captions
 from mmjax.models import llm
+from mmjax.nn import rope
 
 SAID = {
     "what?": "seven",
@@ -63,7 +62,7 @@ class Parrot(nn.Module):
 
   @nn.nowrap
   def init_state(self, batch, slots):
-    return {"row": jnp.zeros(batch, jnp.int32), "at": jnp.zeros(batch, jnp.int32)}
+    return {key: jnp.zeros(batch, jnp.int32) for key in ("row", "at")}
 
   def prefill(self, batch, state, count):
     real = jnp.arange(batch["tokens"].shape[1]) < count[:, None]
@@ -116,10 +115,10 @@ def test_an_answer_that_does_not_end_is_cut():
 
 
 def test_a_decoder_writes_what_it_scores_highest():
-  system = llm.Decoder(**llm.SIZES["tiny"] | dict(
-      width=16, depth=1, heads=2, mlp=16, groups=1,
-      position=__import__("mmjax.nn.rope", fromlist=["Rope"]).Rope(1e4),
-  ))
+  system = llm.Decoder(
+      vocab=1024, width=16, depth=1, heads=2, mlp=16, length=100,
+      position=rope.Rope(1e4), std=1.0,
+  )  # fmt: skip
   source = talk()
   variables = jax.jit(system.init)(
       jax.random.key(0), jnp.zeros((1, 4), jnp.int32)

@@ -35,7 +35,8 @@ class Phrases:
       variety: float = 1.0,
       warp: float = 0.0,
       counts: Sequence[int] = (1, 2, 3, 4),
-      alone: float = 0.2,
+      alone: float = 0.15,
+      single: float = 0.4,
       full: float = 0.3,
   ) -> None:
     """A source of `length` examples.
@@ -52,13 +53,15 @@ class Phrases:
       counts: how many digits a scene may show, of 1 to 4.
       alone: the share of pictures that one digit fills, as it does in those of
         `tasks.CaptionedDigits`.
+      single: the share of scenes of which only one digit is drawn: its shape is
+        learned sooner where it is all that there is.
       full: the share of captions that name everything in a scene.
 
     Raises:
       ValueError: if an argument cannot be.
     """
     self._counts = questions.checked_counts(counts)
-    self._alone, self._full = alone, full
+    self._alone, self._single, self._full = alone, single, full
     self._tokenizer = tokenizer or ClipTokenizer.tinyworld(length=PHRASE_LENGTH)
     self._size = size
     self._deck = tasks.Deck.make(
@@ -87,10 +90,10 @@ class Phrases:
       return deck.draw(position, self._size, look, strokes), caption
     scenery = questions.Scenery(deck, self._size)
     positions, scene = scenery.deal(index, self._counts, dice)
-    say = (
-        text.scene_caption
-        if dice.between(0, 1) < self._full
-        else text.scene_phrase
-    )
-    (image,) = scenery.picture(index, positions, scene)
-    return image, say(scene, dice)
+    only = None
+    if dice.between(0, 1) < self._single:
+      only = dice.below(len(positions))
+    (image,) = scenery.picture(index, positions, scene, only)
+    if only is None and dice.between(0, 1) < self._full:
+      return image, text.scene_caption(scene, dice)
+    return image, text.scene_phrase(scene, dice, only)

@@ -140,14 +140,21 @@ class Scenery:
     return positions, Scene(layout, colours, shown)
 
   def picture(
-      self, index: int, positions: Sequence[int], scene: Scene
+      self,
+      index: int,
+      positions: Sequence[int],
+      scene: Scene,
+      only: int | None = None,
   ) -> np.ndarray:
-    """The one picture of an example, f32[1, size, size, 3]."""
+    """The one picture of an example, f32[1, size, size, 3].
+
+    It shows the digit `only` where one is named.
+    """
     strokes = [self.deck.dice(index, "digit", n) for n in range(len(positions))]
     ground = self.deck.dice(index, "ground")
-    return self.deck.draw_scene(positions, scene, self.size, ground, strokes)[
-        None
-    ]
+    return self.deck.draw_scene(
+        positions, scene, self.size, ground, strokes, only
+    )[None]
 
 
 class SceneCaptions:
@@ -220,7 +227,7 @@ class SceneCaptions:
 
 
 class VisualQuestions:
-  """Conversations of one exchange: a question about a scene, and one word."""
+  """Conversations about a scene: questions, and answers of one word."""
 
   shown = 1
 
@@ -233,6 +240,7 @@ class VisualQuestions:
       variety: float = 1.0,
       warp: float = 0.0,
       kinds: Sequence[str] = KINDS,
+      exchanges: int = 1,
   ) -> None:
     """As `SceneCaptions`, about one to four digits.
 
@@ -244,12 +252,17 @@ class VisualQuestions:
       variety: likewise.
       warp: likewise.
       kinds: what may be asked, each as often: some of `KINDS`.
+      exchanges: questions a conversation; they do not refer to each other, and
+        may be the same.
 
     Raises:
       ValueError: if an argument cannot be.
     """
     _check("kinds", kinds, KINDS)
+    if exchanges < 1:
+      raise ValueError(f"exchanges={exchanges}: expected at least 1")
     self._kinds = tuple(kinds)
+    self._exchanges = exchanges
     deck = tasks.Deck.make(
         "visual questions", split, size, length, seed, variety, warp
     )
@@ -259,25 +272,32 @@ class VisualQuestions:
     return self._scenery.deck.length
 
   def kind(self, index: int) -> str:
-    """What is asked, one of `KINDS`."""
+    """What is asked first, one of `KINDS`."""
     return self._deal(index)[0]
 
   def scene(self, index: int) -> Scene:
     """What the example shows."""
     return self._deal(index)[2]
 
-  def question(self, index: int) -> Question:
-    """The question and its answer."""
+  def questions(self, index: int) -> list[Question]:
+    """The questions with their answers, in order."""
     kind, _, scene, dice = self._deal(index)
-    return ask(kind, scene, dice.below(len(scene.digits)), dice)
+    asked = [ask(kind, scene, dice.below(len(scene.digits)), dice)]
+    kinds = [k for k in self._kinds if len(scene.digits) > 1 or k not in OF_TWO]
+    for number in range(1, self._exchanges):
+      dice = self._scenery.deck.dice(index, "question", number)
+      subject = dice.below(len(scene.digits))
+      asked.append(ask(dice.choose(kinds), scene, subject, dice))
+    return asked
 
   def conversation(self, index: int) -> list[Turn]:
     """See `conversations.Conversations`."""
-    question = self.question(index)
-    return [
-        Turn("user", f"{IMAGE}\n{question.text}"),
-        Turn("assistant", question.answer),
-    ]
+    turns = []
+    for question in self.questions(index):
+      shown = "" if turns else f"{IMAGE}\n"
+      turns.append(Turn("user", f"{shown}{question.text}"))
+      turns.append(Turn("assistant", question.answer))
+    return turns
 
   def pictures(self, index: int) -> np.ndarray:
     """The picture, f32[1, size, size, 3]."""
@@ -285,8 +305,8 @@ class VisualQuestions:
     return self._scenery.picture(index, positions, scene)
 
   def answer(self, index: int) -> str:
-    """The one right word."""
-    return self.question(index).answer
+    """The last answer."""
+    return self.questions(index)[-1].answer
 
   def labels(self, index: int) -> Example:
     """None."""

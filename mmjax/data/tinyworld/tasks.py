@@ -130,6 +130,7 @@ class Deck:
       size: int,
       dice: Dice,
       strokes: Sequence[Dice],
+      only: int | None = None,
   ) -> np.ndarray:
     """A picture of several digits, f32[size, size, 3].
 
@@ -139,13 +140,16 @@ class Deck:
       size: side of the picture in pixels.
       dice: draw the ground.
       strokes: draw each digit; they may be the same dice.
+      only: the one digit that is drawn, where it stands; all by default.
     """
     glyphs = digits.hand(self.split).glyphs
     image = render.background(size, dice.below(len(text.GROUNDS)), dice)
     spots = text.LAYOUTS[scene.layout]
-    for position, colour, spot, own in zip(
-        positions, scene.colours, spots, strokes, strict=True
+    for number, (position, colour, spot, own) in enumerate(
+        zip(positions, scene.colours, spots, strokes, strict=True)
     ):
+      if only not in (None, number):
+        continue
       centre = tuple(
           0.5
           + _SCENE_SPREAD * (2 * place - 1)

@@ -225,19 +225,26 @@ _OF_ONE = (
 )
 
 
-def scene_phrase(scene: Scene, dice: Dice) -> str:
+def scene_phrase(scene: Scene, dice: Dice, only: int | None = None) -> str:
   """What a hasty eye reports of a scene: its digits, or one with what it has.
 
   Digits come in the order of the layout's spots, which is that of reading.
+
+  Args:
+    scene: what is shown.
+    dice: choose what is said.
+    only: the one digit that is shown of the scene; all by default.
   """
   opening = dice.choose(_SCENE_OPENINGS)
   words = [CLASSES[digit] for digit in scene.digits]
   if dice.between(0, 1) < _DIGITS_SHARE:
+    if only is not None:
+      words = [words[only]]
     if len(words) == 1:
       return f"{opening}the {dice.choose(('digit', 'number'))} {words[0]}."
     listed = f"{', '.join(words[:-1])} and {words[-1]}"
     return f"{opening}the digits {listed}."
-  number = dice.below(len(words))
+  number = dice.below(len(words)) if only is None else only
   text = dice.choose(_OF_ONE).format(
       opening=opening,
       colour=COLOURS[scene.colours[number]],

@@ -123,6 +123,7 @@ class Quizzes(_Unseen):
       seed: int = 0,
       counts: Sequence[int] = (1, 2, 3, 4),
       exchanges: int = 8,
+      weight: float = 1.0,
   ) -> None:
     """A source of `length` conversations.
 
@@ -132,6 +133,7 @@ class Quizzes(_Unseen):
       seed: another seed is other scenes.
       counts: how many digits a scene may show, of 1 to 4.
       exchanges: questions a conversation.
+      weight: of the answers in the loss.
 
     Raises:
       ValueError: if an argument cannot be.
@@ -143,6 +145,7 @@ class Quizzes(_Unseen):
       )
     self._split, self._length, self._seed = split, length, seed
     self._exchanges = exchanges
+    self._weight = weight
 
   def __len__(self) -> int:
     return self._length
@@ -160,8 +163,9 @@ class Quizzes(_Unseen):
   def questions(self, index: int) -> list[Question]:
     """The questions with their answers, in order."""
     scene = self.scene(index)
-    alone = len(scene.digits) == 1
-    kinds = [k for k in questions.KINDS if not alone or k not in questions.OF_TWO]
+    kinds = list(questions.KINDS)
+    if len(scene.digits) == 1:
+      kinds = [kind for kind in kinds if kind not in questions.OF_TWO]
     found = []
     for number in range(self._exchanges):
       dice = self._dice(index, "question", number)
@@ -176,7 +180,7 @@ class Quizzes(_Unseen):
     for question in self.questions(index):
       opening = "" if turns else f"{said}\n"
       turns.append(Turn("user", f"{opening}{question.text}"))
-      turns.append(Turn("assistant", question.answer))
+      turns.append(Turn("assistant", question.answer, self._weight))
     return turns
 
   def answer(self, index: int) -> str:
