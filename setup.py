@@ -33,6 +33,8 @@ setuptools.setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pillow",
+        "protobuf",
+        "rich",
         "safetensors",
         "scikit-learn",
         "sentencepiece",
@@ -40,12 +42,16 @@ setuptools.setup(
         "tokenizers",
     ],
     extras_require={
-        "data": ["tensorflow-datasets>=4.9.10"],
+        # Reads Parquet, TFDS directories and sounds.
+        "data": ["pyarrow", "soundfile", "soxr", "tensorflow-datasets>=4.9.10"],
+        # Reads videos.
+        "video": ["av"],
         "test": [
             "hypothesis",
             "ipykernel",
             "jsonschema",
             "matplotlib",
+            "mmjax[data,video]",
             "nbclient",
             "pytest",
             "pytest-xdist",

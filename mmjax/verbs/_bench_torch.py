@@ -6,6 +6,8 @@ patches, the fused AdamW. Imported only where PyTorch is installed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import pathlib
 import re
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 
 from mmjax import config as config_lib
 from mmjax.models import clip, vit
+from mmjax.verbs import _bench_data
 
 Params = Mapping[str, np.ndarray]
 Inputs = Mapping[str, torch.Tensor]
@@ -428,3 +431,44 @@ def vq_contestants(
       torch.cdist(rows, codes).argmin(dim=1)
 
   return {"cdist": step}, None
+
+
+# --- data ---------------------------------------------------------------------
+
+
+class FileSet(torch.utils.data.Dataset):
+  """The files of `_bench_data` in a folder, as a map-style data set."""
+
+  def __init__(self, folder: str, name: str) -> None:
+    ending, _, field = _bench_data.MEDIA[name]
+    self.paths = sorted(pathlib.Path(folder).glob(f"*.{ending}"))
+    self.ending, self.field = ending, field()
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    path = self.paths[index]
+    value = self.field({self.ending: path.read_bytes()})
+    label = int(path.with_suffix(".cls").read_text())
+    return torch.from_numpy(value), label
+
+
+def data_contestants(
+    folder: str, name: str, batch: int, cores: int, steps: Any
+) -> tuple[dict[str, Callable[[], None]], None]:
+  """PyTorch's DataLoader with and without workers; see `_bench_data.run`."""
+  torch.set_num_threads(1)
+  files = FileSet(folder, name)
+
+  def endless(workers: int) -> Callable[[], None]:
+    loader = torch.utils.data.DataLoader(
+        files, batch, shuffle=True, drop_last=True, num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    rows = (row for _ in itertools.count() for row in loader)
+    return lambda: _bench_data.run(lambda: next(rows), steps)
+
+  return {
+      f"torch {workers} workers": endless(workers) for workers in (0, cores)
+  }, None

@@ -137,13 +137,15 @@ class Worker:
   and should neither suffer nor profit from ours.
   """
 
-  def __init__(self, target: str, *args: Any) -> None:
+  def __init__(self, target: str, *args: Any, daemon: bool = True) -> None:
     """Starts the process and waits until its contestants are ready.
 
     Args:
       target: "module:function"; the function makes `(contestants, facts)`, a
         mapping of name to step, and anything that can be pickled.
       *args: of the function.
+      daemon: whether it ends with this process even where nobody closes it;
+        a daemon cannot have processes of its own.
 
     Raises:
       ValueError: with what the function raised, if it did.
@@ -151,10 +153,11 @@ class Worker:
     context = multiprocessing.get_context("spawn")
     self._pipe, theirs = context.Pipe()
     self._process = context.Process(
-        target=_serve, args=(theirs, target, args), daemon=True
+        target=_serve, args=(theirs, target, args), daemon=daemon
     )
     self._process.start()
     theirs.close()
+    self.pid = self._process.pid
     names, self.facts = self._receive()
     self.turns: dict[str, Turn] = {
         name: self._turn_of(name) for name in names

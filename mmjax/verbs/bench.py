@@ -1,4 +1,4 @@
-"""mmjax bench train|attention|vq|checkpoint [flags]
+"""mmjax bench train|attention|vq|data|checkpoint [flags]
 
 Measures on the devices of this machine, and compares with what else is
 installed. The contestants of a row take turns in one run, so that a slow minute
@@ -26,6 +26,7 @@ WHAT = {
     "train": "mmjax.verbs._bench_train",
     "attention": "mmjax.verbs._bench_attention",
     "vq": "mmjax.verbs._bench_vq",
+    "data": "mmjax.verbs._bench_data",
     "checkpoint": "mmjax.verbs._bench_checkpoint",
 }
 

@@ -114,10 +114,11 @@ def kind_of(value: Any) -> str:
       value = bytes(value).decode()
     except UnicodeDecodeError:
       return "npy" if bytes(value[:6]) == b"\x93NUMPY" else "bytes"
+  if isinstance(value, str):
     return "JSON" if _is_json(value) else "text"
   if isinstance(value, (list, np.ndarray)):
     return "array"
-  return "text" if isinstance(value, str) else type(value).__name__
+  return type(value).__name__
 
 
 def _is_json(text: str) -> bool:

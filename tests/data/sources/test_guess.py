@@ -128,7 +128,7 @@ def test_tfds_splits(form, tmp_path):
   assert numbers("train[25%:75%]") == [3, 4, 5, 6, 7, 8]
   assert numbers("train[:2]+test[10:]") == [0, 1, 10, 11]
   for split, message in (
-      ("trian", "no split 'trian'; did you mean 'train'.*; there are test, tr"),
+      ("trian", "no split 'trian'; did you mean 'train'.*; there are train, t"),
       ("train[", r"no split 'train\['"),
       ("train[:0]", "is empty"),
   ):
