@@ -166,4 +166,22 @@ def _feed(config: ml_collections.ConfigDict) -> None:
           ),
           batch_size=config.batch_size,
       ),
+      # Linear probes of patches: what SigLIP 2's recipe is for.
+      dense=dict(
+          type="mmjax.evals.probe:LinearProbe",
+          train=dict(
+              type="mmjax.data.tinyworld:SegmentedDigits",
+              split="train",
+              size=data["size"],
+              length=1000,
+          ),
+          test=dict(
+              type="mmjax.data.tinyworld:SegmentedDigits",
+              split="test",
+              size=data["size"],
+              length=1000,
+          ),
+          patch=config.system.vision.patch,
+          batch_size=config.batch_size,
+      ),
   )

@@ -56,6 +56,14 @@ KEYS: dict[str, Spec] = {
         ("B", "N", "H", "W", "C"),
         "Pictures of one example in order; slots behind the last are 0.",
     ),
+    "patches": Spec(
+        "float32",
+        ("B", "patches", "values"),
+        "A picture of any shape as its patches, row by row; 0 behind the last.",
+    ),
+    "grid": Spec(
+        "int32", ("B", "2"), "Rows and columns of a picture's patches."
+    ),
     "video": Spec(
         "float32",
         ("B", "F", "H", "W", "C"),

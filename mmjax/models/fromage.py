@@ -101,6 +101,18 @@ class FROMAGeOutput(NamedTuple):
   scale: jax.Array
 
 
+class Search(NamedTuple):
+  """What texts look for.
+
+  Attributes:
+    text: f32[B, J], unit rows.
+    asks: bool[B], whether [RET] is the likeliest token where it stands.
+  """
+
+  text: jax.Array
+  asks: jax.Array
+
+
 class FROMAGe(nn.Module):
   """A tower and a decoder, both frozen, and the maps between them (section 3).
 
@@ -257,36 +269,42 @@ class FROMAGe(nn.Module):
         jnp.exp(self.logit_scale),
     )
 
-  def show(
-      self,
-      images: jax.Array,
-      tokens: jax.Array,
-      source: jax.Array,
-      state: Cache | None = None,
-      count: jax.Array | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
-    """Scores f32[B, L, V] of text with pictures behind what the state holds."""
+  def prefill(
+      self, batch: Mapping[str, jax.Array], state: Cache, count: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Reads prompts with or without `images`; see `mmjax.evals.answers`."""
+    source = seen = None
+    if "images" in batch:
+      source, seen = batch["source"], self.look(batch["images"])
     hidden, state = self.hidden_states(
-        tokens, source, self.look(images), state=state, count=count
+        batch["tokens"], source, seen, state=state, count=count
     )
     return self.logits(hidden), state
 
   def reply(
-      self,
-      tokens: jax.Array,
-      state: Cache | None = None,
-      count: jax.Array | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
-    """As `show`, without pictures."""
+      self, tokens: jax.Array, state: Cache, count: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Goes on behind what the state holds; see `mmjax.evals.answers`."""
     hidden, state = self.hidden_states(tokens, state=state, count=count)
     return self.logits(hidden), state
 
-  def seek(
-      self, tokens: jax.Array, state: Cache | None = None
-  ) -> tuple[jax.Array, Cache | None]:
-    """What the last of i32[B, L] looks for: f32[B, J]; it must be [RET]."""
+  def seek(self, state: Cache) -> tuple[jax.Array, Cache]:
+    """Reads a [RET] behind what the state holds; f32[B, J] it looks for."""
+    tokens = jnp.full((state.length.shape[0], 1), self.ret, jnp.int32)
     hidden, state = self.hidden_states(tokens, state=state)
-    return self.embed_text(hidden[:, -1]), state
+    return self.embed_text(hidden[:, 0]), state
+
+  def find(self, tokens: jax.Array, anchor: jax.Array) -> Search:
+    """What texts alone look for; see `mmjax.evals.dialogue_retrieval`.
+
+    Args:
+      tokens: i32[B, L].
+      anchor: i32[B], where each has its [RET].
+    """
+    hidden, _ = self.hidden_states(tokens)
+    at = lambda index: jnp.take_along_axis(hidden, index[:, None, None], axis=1)
+    guess = self.logits(at(anchor - 1))[:, 0].argmax(axis=-1)
+    return Search(self.embed_text(at(anchor)[:, 0]), guess == self.ret)
 
 
 def _packed(segment: jax.Array | None) -> Mask | None:
@@ -343,7 +361,10 @@ def ground(
 
 
 def from_official(
-    system: FROMAGe, abstract: Mapping[str, Any], *, path: str | os.PathLike[str]
+    system: FROMAGe,
+    abstract: Mapping[str, Any],
+    *,
+    path: str | os.PathLike[str],
 ) -> dict[str, jax.Array]:
   """The trained parameters, of a file with the official names.
 

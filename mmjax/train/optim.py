@@ -69,6 +69,7 @@ def adamw(
     decay: str = ".*kernel",
     clip: float | None = None,
     maximum: float | None = None,
+    like_rows: Mapping[str, str] | None = None,
 ) -> optax.GradientTransformation:
   """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
@@ -81,6 +82,7 @@ def adamw(
     decay: which parameters decay; matched against whole paths.
     clip: largest global norm of the gradients of this rule.
     maximum: the parameters are kept at or below it (CLIP's temperature).
+    like_rows: see `keep_like_rows` (FROMAGe's [RET]).
   """
   return optax.chain(
       optax.clip_by_global_norm(clip) if clip else optax.identity(),
@@ -88,6 +90,7 @@ def adamw(
       _decay(weight_decay, decay),
       optax.scale_by_learning_rate(lr),
       optax.identity() if maximum is None else keep_below(maximum),
+      keep_like_rows(like_rows) if like_rows else optax.identity(),
   )
 
 
@@ -131,6 +134,37 @@ def keep_below(maximum: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def keep_like_rows(
+    tables: Mapping[str, str],
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps vectors as long as the mean row of a table that is not trained.
+
+  Args:
+    tables: path of a trained vector f32[D] -> path of a frozen table [V, D].
+  """
+
+  def update(
+      updates: Mapping[str, Any],
+      state: Any,
+      params: Any = None,
+      *,
+      frozen: Mapping[str, jax.Array],
+      **extra: Any,
+  ) -> tuple[dict[str, Any], Any]:
+    del extra  # Of other transformations.
+    updates = dict(updates)
+    for path, table in tables.items():
+      rows = frozen[table].astype(jnp.float32)
+      moved = params[path] + updates[path]
+      length = jnp.linalg.norm(rows, axis=-1).mean() / jnp.linalg.norm(moved)
+      updates[path] = length * moved - params[path]
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(
+      lambda params: optax.EmptyState(), update
+  )
+
+
 def live_paths(paths: Sequence[str], rules: Rules) -> set[str]:
   """The paths whose rule is not None, i.e. which are trained."""
   owner = rules_lib.assign(paths, [pattern for pattern, _ in rules], "optim")
@@ -139,7 +173,7 @@ def live_paths(paths: Sequence[str], rules: Rules) -> set[str]:
 
 def partition(
     paths: Sequence[str], rules: Rules
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """One transformation that gives each live parameter to its rule's.
 
   Args:
@@ -148,9 +182,11 @@ def partition(
 
   Returns:
     A transformation of live parameters, whose state is a dict from the number
-    of a rule to the state of its transformation.
+    of a rule to the state of its transformation. Further arguments of its
+    `update` go to them all.
   """
   owner = rules_lib.assign(paths, [pattern for pattern, _ in rules], "optim")
+  makers = [rule and optax.with_extra_args_support(rule) for _, rule in rules]
   groups: dict[int, list[str]] = {}
   for path, index in owner.items():
     if rules[index][1] is not None:
@@ -161,19 +197,22 @@ def partition(
 
   def init(params: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        str(index): rules[index][1].init(take(params, index))
+        str(index): makers[index].init(take(params, index))
         for index in groups
     }
 
   def update(
-      updates: Mapping[str, Any], state: Mapping[str, Any], params: Any = None
+      updates: Mapping[str, Any],
+      state: Mapping[str, Any],
+      params: Any = None,
+      **extra: Any,
   ) -> tuple[dict[str, Any], dict[str, Any]]:
     new_updates, new_state = {}, {}
     for index in groups:
-      out, new_state[str(index)] = rules[index][1].update(
-          take(updates, index), state[str(index)], take(params, index)
+      out, new_state[str(index)] = makers[index].update(
+          take(updates, index), state[str(index)], take(params, index), **extra
       )
       new_updates.update(out)
     return new_updates, new_state
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -197,7 +197,9 @@ def apply_gradients(
 ) -> TrainState:
   """Moves the live parameters, and after them their slow copies."""
   optimizer = stage.optimizer([*state.live, *state.frozen])
-  updates, opt = optimizer.update(grads, state.opt, state.live)
+  updates, opt = optimizer.update(
+      grads, state.opt, state.live, frozen=state.frozen
+  )
   live = optax.apply_updates(state.live, updates)
   decay = stage.shadow_decay(live)
   shadow = {

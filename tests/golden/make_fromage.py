@@ -72,7 +72,7 @@ def official(checkout: str) -> Any:
   sys.modules["fromage.utils"] = types.SimpleNamespace(
       get_feature_extractor_for_model=lambda *args, **kwargs: None
   )
-  from fromage import models  # noqa: PLC0415
+  from fromage import models
 
   return models
 

@@ -3,14 +3,24 @@
 import functools
 from pathlib import Path
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import config, pretrained
+from mmjax import config, pretrained, sharding
+from mmjax.data import pack
 from mmjax.models import fromage, fromage_layout
+from mmjax.models.fromage_dialogue import Dialogue, Prompt, Said, Style
 from mmjax.objectives.term import Context
+from mmjax.sampling.autoregressive import Sampling
+from mmjax.sampling.decoding import Decoding
+from mmjax.sampling.retrieval import Index
+from mmjax.train import optim
+from mmjax.train.stage import Stage
+from mmjax.train.state import make_init
+from mmjax.train.step import train_step
 from mmjax.weights import engine, safetensors_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -73,49 +83,34 @@ def test_outputs_are_those_of_the_official_code(name):
   close(text.scale * text.image[:, 0], arrays["text.seen"])
 
 
+def document(ids, slots):
+  """A text, behind a picture of so many vectors if there are any."""
+  seen, length = min(slots, 1), slots + len(ids)
+  return pack.Document(
+      np.array([0] * slots + ids, np.int32),
+      np.array([0.0] * max(slots, 1) + [1.0] * (len(ids) - 1 + seen)),
+      np.array([*range(slots)] + [-1] * len(ids)),
+      np.full(length, seen - 1),
+      (slots,) * seen,
+  )
+
+
 def rows_of(arrays, slots, joined):
   """What `ground` reads of two pairs: their captions, then their texts."""
-  batch = {key: [] for key in ("tokens", "source", "weight", "media")}
-  batch |= {"segment": [], "position": [], "anchors": []}
+  rows = []
   for first in (0, 2):
-    row = {key: [] for key in batch}
-
-    def add(segment, ids, source, weight, media):
-      same = row["segment"].count(segment)
-      row["tokens"] += ids
-      row["source"] += source
-      row["weight"] += weight
-      row["media"] += [media] * len(ids)
-      row["segment"] += [segment] * len(ids)
-      row["position"] += list(range(same, same + len(ids)))
-
     texts = [
         arrays["in.tokens"][i, : arrays["in.count"][i]].tolist()
         for i in (first, first + 1)
     ]
-    for n, ids in enumerate(texts):
-      add(
-          1 if joined else 1 + n,
-          [0] * slots + ids[:-1],
-          [*range(n * slots, (n + 1) * slots)] + [-1] * (len(ids) - 1),
-          [0.0] * slots + [1.0] * (len(ids) - 1),
-          n,
-      )
-    for n, ids in enumerate(texts):
-      add(3 + n, ids, [-1] * len(ids), [0.0] + [1.0] * (len(ids) - 1), -1)
-      row["anchors"].append(len(row["tokens"]) - 1)
-    for key, values in row.items():
-      batch[key].append(values)
-  length = max(map(len, batch["tokens"]))
-  pad = lambda key, values: values + [
-      {"source": -1, "media": -1}.get(key, 0)
-  ] * (0 if key == "anchors" else length - len(values))
-  made = {
-      key: np.array([pad(key, values) for values in rows])
-      for key, rows in batch.items()
-  }
-  made["weight"] = made["weight"].astype(np.float32)
-  return made | {"images": arrays["in.image"].reshape(2, 2, 8, 8, 3)}
+    captions = [document(ids[:-1], slots) for ids in texts]
+    if joined:
+      captions = [pack.joined(captions)]
+    documents = captions + [document(ids, 0) for ids in texts]
+    ends = np.cumsum([len(d.tokens) for d in documents]) - 1
+    rows.append(pack.row(documents, 48) | dict(anchors=ends[-2:]))
+  batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+  return batch | {"images": arrays["in.image"].reshape(2, 2, 8, 8, 3)}
 
 
 @functools.cache
@@ -171,3 +166,215 @@ def test_export_is_read_back(name, tmp_path):
       variables["params"]["ret_row"]
   ))
   assert "model.visual_embeddings.weight" in names
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_writing_is_that_of_the_official_code(name):
+  system, variables, arrays = golden(name)
+  written = arrays["write.tokens"][0]
+  count = int((written == 39).argmax())
+  tokens = np.concatenate(
+      [np.zeros(system.slots, int), arrays["in.tokens"][0, :3], written]
+  )
+  source = np.full(len(tokens), -1)
+  source[: system.slots] = np.arange(system.slots)
+  begin = system.slots + 3
+  image = arrays["in.image"][:1]
+  output = jax.jit(system.apply)(
+      variables, image[None], tokens[None], source[None]
+  )
+  logits = np.array(output.logits[0, begin - 1 : -1])
+  logits[:2, 39] = -1e4
+  logits[2:, 39] *= np.float32(1.3)
+  close(logits[:, :39], arrays["write.logits"][0, :, :39])
+  close(logits[2:, 39], arrays["write.logits"][0, 2:, 39])
+  close(output.text[:, :-1], arrays["write.embedding"])
+  # The same with a cache, up to the first picture, which is the nearest.
+  dialogue = Dialogue(system, variables, arrays["in.image"])
+  prompt = Prompt(tokens[:begin], source[:begin], image)
+  style = Style(Decoding(12), ret_scale=1.3, min_words=2)
+  said = dialogue.answer(prompt, style)
+  at = begin + count
+  nearest = (arrays["text.seen"] @ np.array(output.text[0, at])).argmax()
+  assert said == [Said(written[:count].tolist(), int(nearest))]
+
+
+def test_pictures_are_shown_once_and_read():
+  system, variables, arrays = golden("fromage_four")
+  bank = arrays["in.image"]
+  # Without a cache: the whole row anew for every token.
+  length = 48
+  run = jax.jit(system.apply)
+  tokens, source = [0] * 4 + arrays["in.tokens"][0, :3].tolist(), [*range(4)]
+  source += [-1] * 3
+  prompt = Prompt(np.array(tokens), np.array(source), bank[:1])
+  images = np.zeros((1, 4, 8, 8, 3), np.float32)
+  images[0, 0] = bank[0]
+  seen = arrays["text.seen"]
+  expected, words, shown = [], [], []
+  for _ in range(9):
+    pad = length - len(tokens)
+    ids = np.array([tokens + [0] * pad])
+    rows = np.array([source + [-1] * pad])
+    output = run(variables, images, ids, rows)
+    logits = np.array(output.logits[0, len(tokens) - 1])
+    logits[39] *= 1.3
+    chosen = int(logits.argmax())
+    tokens.append(chosen)
+    source.append(-1)
+    if chosen != 39:
+      words.append(chosen)
+      continue
+    ids[0, len(tokens) - 1] = 39
+    query = np.array(run(variables, images, ids, rows).text[0, len(tokens) - 1])
+    order = (-(seen @ query)).argsort()
+    shown.append(int(next(i for i in order if i not in shown)))
+    expected.append(Said(words, shown[-1]))
+    words = []
+    if len(shown) == 3:
+      break
+    slot = len(shown)
+    images[0, slot] = bank[shown[-1]]
+    tokens += [0] * 4
+    source += range(4 * slot, 4 * slot + 4)
+  dialogue = Dialogue(system, variables, bank)
+  style = Style(Decoding(9), ret_scale=1.3, max_pictures=3)
+  said = dialogue.answer(prompt, style)
+  assert said == expected + ([Said(words, None)] if words else [])
+  assert len({part.picture for part in said}) == len(said) > 1
+  # Nucleus sampling, and no picture at all.
+  drawn = dialogue.answer(
+      prompt,
+      Style(Decoding(6), Sampling(top_p=0.9), max_pictures=0),
+      jax.random.key(0),
+  )
+  assert [part.picture for part in drawn] == [None]
+  assert len(drawn[0].tokens) == 6 and 39 not in drawn[0].tokens
+
+
+def test_bad_dialogues_are_refused():
+  system, variables, arrays = golden("fromage_one")
+  with pytest.raises(ValueError, match="3 vectors, a bank of 4"):
+    Dialogue(
+        system, variables, arrays["in.image"], Index(np.ones((3, 10)))
+    )
+  with pytest.raises(ValueError, match="max_pictures=-1"):
+    Style(Decoding(3), max_pictures=-1)
+  dialogue = Dialogue(
+      system, variables, arrays["in.image"], Index(np.ones((4, 10)))
+  )
+  prompt = Prompt(np.array([2]), np.array([-1]), np.zeros(0))
+  with pytest.raises(ValueError, match="max_pictures=5: the bank has 4"):
+    dialogue.answer(prompt, Style(Decoding(3), max_pictures=5))
+
+
+def test_the_row_of_ret_is_the_only_one_that_is_trained():
+  system, variables, arrays = golden("fromage_one")
+  batch = rows_of(arrays, system.slots, joined=True)
+
+  def loss(params):
+    terms, _ = fromage.ground(system, {"params": params}, batch, CONTEXT)
+    return sum(
+        terms[key].total / terms[key].weight
+        for key in ("caption", "text", "contrastive")
+    )
+
+  grads = jax.jit(jax.grad(loss))(variables["params"])
+  # Of [RET], the table's own row is neither read nor scored.
+  table = np.abs(grads["llm"]["embed"]["embedding"]).sum(axis=1)
+  assert table[39] == 0 and (table[:39] > 0).all()
+  for path in ("ret_row", "logit_scale", "words", "image_joint", "text_joint"):
+    assert all(np.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(grads[path]))
+
+
+def test_published_sizes():
+  # The trained parameters that the paper counts: 5.5 million.
+  opt = 32 * (4 * 4096 * 4097 + 2 * 4096 * 16_384 + 16_384 + 5 * 4096)
+  opt += 50_267 * 4096 + 2050 * 4096 + 2 * 4096
+  clip = 303_179_776
+  for name, slots in (("opt6.7b", 1), ("opt6.7b_vis4", 4)):
+    trained = 1025 * 4096 * slots + 1025 * 256 + 4097 * 256 + 4096 + 1
+    shapes, _ = pretrained.abstract_params(fromage.LAYOUT, build(name))
+    assert sum(x.size for x in shapes.values()) == opt + clip + trained
+    if slots == 1:
+      assert trained == 5_513_729
+
+
+def test_official_checkpoints_fill_what_is_trained(tmp_path):
+  system, variables, _ = golden("fromage_post")
+  flat = traverse_util.flatten_dict(variables["params"], sep="/")
+  trained = {
+      path: leaf
+      for path, leaf in flat.items()
+      if not path.startswith(("vision/", "llm/"))
+  }
+  table = fromage_layout.trained_table(system)
+  tensors = dict(engine.dump(table, trained))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = {
+      path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+      for path, leaf in flat.items()
+  }
+  # As the file of the first release has them, and without their wrapper.
+  for name in ("model.safetensors", "bare.safetensors"):
+    safetensors_file.write(tmp_path / name, tensors, {})
+    found = fromage.from_official(system, abstract, path=tmp_path / name)
+    assert found.keys() == trained.keys()
+    for path, leaf in found.items():
+      np.testing.assert_array_equal(leaf, trained[path])
+    tensors = {key.removeprefix("model."): x for key, x in tensors.items()}
+  with pytest.raises(ValueError, match="ret_input_embeddings"):
+    tensors.pop("ret_input_embeddings.weight")
+    safetensors_file.write(tmp_path / "less.safetensors", tensors, {})
+    fromage.from_official(
+        system, abstract, path=tmp_path / "less.safetensors"
+    )
+
+
+def test_configs_that_are_refused():
+  hf = pretrained.from_pretrained(GOLDEN / "fromage_one").config
+  with pytest.raises(ValueError, match=r"text_emb_layers is \[0, -1\]"):
+    fromage.LAYOUT.system(hf | dict(text_emb_layers=[0, -1]), [])
+  with pytest.raises(ValueError, match="ret=40: expected an id"):
+    system = fromage.LAYOUT.system(hf | dict(retrieval_token_idx=40), [])
+    pretrained.abstract_params(fromage.LAYOUT, system)
+
+
+def test_training_leaves_both_models_as_they_are():
+  system, variables, arrays = golden("fromage_one")
+  batch = rows_of(arrays, system.slots, joined=False)
+  stage = Stage(
+      system=system,
+      objective=fromage.ground,
+      weights=dict(caption=1.0, text=1.0, contrastive=1.0),
+      optim=[
+          ("(vision|llm)/.*", None),
+          (
+              ".*",
+              optim.adamw(
+                  1e-2, clip=1.0, like_rows=dict(ret_row="llm/embed/embedding")
+              ),
+          ),
+      ],
+      batch_size=2,
+      steps=4,
+  )
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  imported = traverse_util.flatten_dict(variables["params"], sep="/")
+  init, _ = make_init(stage, batch, mesh, imported)
+  state = init(jnp.int32(0), imported)
+  assert not any(path.startswith(("vision/", "llm/")) for path in state.live)
+  run = jax.jit(functools.partial(train_step, stage))
+  losses = []
+  for _ in range(4):
+    state, metrics = run(state, batch)
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0]
+  for path, leaf in state.frozen.items():
+    np.testing.assert_array_equal(leaf, imported[path])
+  for path, leaf in state.live.items():
+    assert (np.asarray(leaf) != np.asarray(imported[path])).any(), path
+  rows = np.linalg.norm(imported["llm/embed/embedding"], axis=1)
+  assert np.linalg.norm(state.live["ret_row"]) == pytest.approx(
+      rows.mean(), rel=1e-5
+  )

@@ -54,6 +54,27 @@ def test_clipping_is_over_the_whole_rule():
   assert float(updates["b"]) == pytest.approx(-0.8)
 
 
+def test_a_vector_stays_as_long_as_the_rows_of_a_frozen_table():
+  rng = np.random.default_rng(0)
+  frozen = {"table": jnp.asarray(rng.normal(size=(5, 3)), jnp.bfloat16)}
+  rule = optim.adamw(0.1, clip=1.0, like_rows={"row": "table"})
+  both = optim.partition(
+      ["row", "map", "table"], [("table", None), (".*", rule)]
+  )
+  params = {"row": jnp.ones(3), "map": jnp.ones(2)}
+  grads = {"row": jnp.asarray([1.0, -2.0, 0.5]), "map": jnp.ones(2)}
+  state = both.init(params)
+  updates, _ = both.update(grads, state, params, frozen=frozen)
+  free = optim.adamw(0.1, clip=1.0)
+  expected, _ = free.update(grads, free.init(params), params)
+  np.testing.assert_array_equal(updates["map"], expected["map"])
+  row = np.asarray(params["row"] + expected["row"])
+  row *= np.linalg.norm(
+      np.asarray(frozen["table"], np.float32), axis=1
+  ).mean() / np.linalg.norm(row)
+  np.testing.assert_allclose(params["row"] + updates["row"], row, rtol=1e-6)
+
+
 def test_rules_match_whole_paths_and_the_first_wins():
   paths = ["a/kernel", "a/bias", "b/kernel"]
   owner = rules.assign(paths, ["a/kernel", "a/.*", ".*"], "optim")

@@ -14,6 +14,7 @@ from mmjax.data.tinyworld.questions import (
     SceneCaptions,
     VisualQuestions,
 )
+from mmjax.data.tinyworld.segments import SegmentedDigits
 from mmjax.data.tinyworld.sheet import contact_sheet, conversation_sheet
 from mmjax.data.tinyworld.tasks import (
     CaptionedDigits,
@@ -39,6 +40,7 @@ __all__ = [
     "Quizzes",
     "RetrievalDialogues",
     "SceneCaptions",
+    "SegmentedDigits",
     "Told",
     "VisualQuestions",
     "contact_sheet",
