@@ -238,10 +238,11 @@ class Flamingo(nn.Module):
     pictures = self.encode(images)
     number, length = pictures.shape[1:3]
     pictures = pictures.reshape(len(pictures), number * length, -1)
-    seen = None if state is None else self._read(pictures)
+    if state is not None:
+      pictures = self._read(pictures)
     x, cache = self._through(
         tokens,
-        seen or pictures,
+        pictures,
         masks.media(media, number, length),
         position,
         mask,
@@ -253,7 +254,7 @@ class Flamingo(nn.Module):
     last = tokens.shape[1] - 1 if count is None else count - 1
     last = jnp.broadcast_to(jnp.maximum(last, 0), len(tokens))
     shown = jnp.take_along_axis(media, last[:, None], axis=1)[:, 0]
-    return x, State(cache, seen, shown)
+    return x, State(cache, pictures, shown)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """The scores f32[B, L, V] of the tokens after [B, L, E]."""

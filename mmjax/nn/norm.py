@@ -26,10 +26,10 @@ class LayerNorm(nn.Module):
     """Maps [..., D] to [..., D]."""
     shape = x.shape[-1:]
     scale = self.param(
-        "scale", declared(nn.initializers.ones, None), shape, jnp.float32
+        "scale", declared(nn.initializers.ones, "embed"), shape, jnp.float32
     )
     bias = self.param(
-        "bias", declared(nn.initializers.zeros, None), shape, jnp.float32
+        "bias", declared(nn.initializers.zeros, "embed"), shape, jnp.float32
     )
     # Recomputed backward: cheaper than to write and read what it would keep.
     normalize = jax.checkpoint(_layer_norm, prevent_cse=False)

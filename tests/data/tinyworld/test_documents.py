@@ -14,6 +14,7 @@ from mmjax.data.tinyworld import digits, documents, render, text
 SOURCES = (
     documents.InterleavedDocuments,
     documents.FewShot,
+    documents.NamedDigits,
     documents.RetrievalDialogues,
 )
 
@@ -164,6 +165,16 @@ def read(dialogue):
       text.CLASSES.index(by_question["which digit is it"]),
       text.GROUNDS.index(by_question["on which background"]),
   )
+
+
+def test_names_are_those_of_the_digits_in_both_splits():
+  train, test = documents.NamedDigits("train"), documents.NamedDigits("test")
+  assert train.names == test.names and len(set(train.names)) == 10
+  assert documents.NamedDigits("train", seed=1).names != train.names
+  for source, split in ((train, "train"), (test, "test")):
+    labels = digits.hand(split).labels
+    for index in range(30):
+      assert source.answer(index) == source.names[labels[index]]
 
 
 def test_dialogues_lead_to_their_picture():
