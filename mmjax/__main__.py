@@ -10,6 +10,7 @@ from mmjax.config import nearest
 VERBS = {
     "train": ("train", "train a config, or continue a run"),
     "evaluate": ("evaluate", "run the evaluators on a checkpoint"),
+    "sample": ("sample", "show pictures, ask, and talk in the terminal"),
     "config": ("config", "show a config in full and check it"),
     "systems": ("systems", "list systems, sizes, parameters and stages"),
     "compile": ("compile", "compile a config for TPUs without owning any"),

@@ -1,8 +1,9 @@
 """T5, T5 1.1 and Flan-T5: an encoder, and a decoder that looks at it.
 
 T5 (Raffel et al. 2020) with the changes of version 1.1 (gated MLPs, a head of
-its own; Shazeer 2020), which Flan-T5 (Chung et al. 2022) goes on from. Distances
-between tokens enter as learned biases on the scores, one table for each stack.
+its own; Shazeer 2020), which Flan-T5 (Chung et al. 2022) goes on from.
+Distances between tokens enter as learned biases on the scores, one table for
+each stack.
 """
 
 import dataclasses

@@ -231,8 +231,8 @@ BATCH = dict(tokens=TOKENS, segment=SEGMENT, targets=TARGETS)
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_the_objective_is_the_surprise_of_the_targets(chunks):
   targets = np.where(np.arange(8) < np.array([[8], [3], [5]]), TARGETS, -1)
-  run = jax.jit(lambda batch: t5.write(SMALL, drawn(), batch, None, chunks))
-  terms, mutables = run(BATCH | dict(targets=targets))
+  run = jax.jit(lambda *args: t5.write(SMALL, *args, None, chunks))
+  terms, mutables = run(drawn(), BATCH | dict(targets=targets))
   log_probs = jax.nn.log_softmax(whole())
   picked = jnp.take_along_axis(log_probs, TARGETS[..., None], 2)[..., 0]
   expected = -np.asarray(picked)[targets >= 0].sum()
