@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -12,3 +14,12 @@ os.environ["XLA_FLAGS"] = (
     # orders, and wait for ever.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+  """Compiled programs of one file of tests are of no use to the next."""
+  yield
+  import jax  # Behind the settings above.
+
+  jax.clear_caches()

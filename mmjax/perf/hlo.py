@@ -38,6 +38,8 @@ _FREE = frozenset(
 
 # They read of their first operand only what they return.
 _READ_PART = frozenset({"dynamic-slice", "slice", "gather"})
+# They write into their first operand only this one.
+_WRITE_PART = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +188,10 @@ class Program:
     """Bytes that one run reads from and writes to HBM on one device.
 
     Every instruction reads its operands and writes its result, a fusion as one
-    instruction; slices read what they return and updates in place write what
-    they change. Buffers that XLA put into on-chip memory are left out. Caching
-    inside a custom call is unknown: its operands count once.
+    instruction; slices read what they return, and updates and scatters in place
+    write what they change. Buffers that XLA put into on-chip memory are left
+    out. A kernel moves what its own estimate says; without one, its operands
+    count once.
     """
     return sum(
         times * self._moved(computation, instruction)
@@ -288,11 +291,16 @@ class Program:
     ]
     if i.opcode == "fusion":
       return self._moved_by_fusion(i, operands)
+    if i.opcode == "custom-call":
+      said = re.search(r'"bytes_accessed":"(\d+)"', i.attributes)
+      if said:
+        return int(said[1])
     op, result = _target(i)
     if op in _READ_PART:
       return _hbm_bytes(operands[0], _bytes(result)) + _hbm_bytes(result)
-    if op == "dynamic-update-slice":
-      return _hbm_bytes(operands[1]) + _hbm_bytes(result, _bytes(operands[1]))
+    if op in _WRITE_PART:
+      update = operands[_WRITE_PART[op]]
+      return _hbm_bytes(update) + _hbm_bytes(result, _bytes(update))
     return sum(map(_hbm_bytes, operands)) + _hbm_bytes(result)
 
   def _moved_by_fusion(self, i: _Instruction, operands: Sequence[str]) -> int:
@@ -323,7 +331,7 @@ class Program:
         total += _bytes(user.shape)
       elif user.opcode == "tuple" and user.root:
         pass  # Handed on in place.
-      elif user.opcode != "dynamic-update-slice" or not first:
+      elif user.opcode not in _WRITE_PART or not first:
         return whole  # Else it is overwritten in place.
     return min(total, whole)
 
@@ -334,8 +342,9 @@ class Program:
     if result.opcode == "fusion":
       called = self._computations[result.attribute("calls")]
       return self._written(called, called.root)
-    if result.opcode == "dynamic-update-slice":
-      return _bytes(inner[result.operands[1]].shape)
+    if result.opcode in _WRITE_PART:
+      update = result.operands[_WRITE_PART[result.opcode]]
+      return _bytes(inner[update].shape)
     return 0 if result.opcode == "parameter" else _bytes(result.shape)
 
 

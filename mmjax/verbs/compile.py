@@ -1,10 +1,11 @@
 """mmjax compile --config FILE[:ARGUMENTS] --topology CHIP:SHAPE[*SLICES]
 
-Compiles the train or inference step of a config for TPU slices that this
-machine does not have, and says whether it fits, what it moves and how fast it
-can be. Nothing is allocated. Needs libtpu. Topologies: v5e:4x4, v5p:4x4x4,
-v6e:16x16, v4:2x2x4; two slices: v5e:4x4*2. Exit codes: 0 it fits, 1 wrong
-input, 4 it does not fit.
+Compiles a step of a config for TPU slices that this machine does not have, and
+says whether it fits, what it moves and how fast it can be: the train step, the
+inference step on a batch, or the step that decodes one token of every row
+behind a full cache, its parameters in bfloat16. Nothing is allocated. Needs
+libtpu. Topologies: v5e:4x4, v5p:4x4x4, v6e:16x16, v4:2x2x4; two slices:
+v5e:4x4*2. Exit codes: 0 it fits, 1 wrong input, 4 it does not fit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,8 +40,16 @@ def _define(values: flags.FlagValues, argv: Sequence[str]) -> None:
   flags.DEFINE_enum(
       "what",
       "train",
-      ["train", "inference"],
+      list(_STEPS),
       "the step to compile",
+      flag_values=values,
+  )
+  flags.DEFINE_integer(
+      "slots",
+      None,
+      "tokens a row of the cache that decode reads; by default those of a row "
+      "of the batch",
+      lower_bound=1,
       flag_values=values,
   )
   flags.DEFINE_string(
@@ -53,27 +62,36 @@ def _compile(values: flags.FlagValues) -> int:
 
   # The chips of this machine, if it has any, are left alone.
   jax.config.update("jax_platforms", "cpu")
-  report = analyse(values.config, values.topology, values.what)
+  report = analyse(
+      values.config, values.topology, values.what, values.slots
+  )
   if values.json:
     pathlib.Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
   print(text(report))
   return verbs.DONE if report["fits"] else DOES_NOT_FIT
 
 
-def analyse(config: Mapping[str, Any], topology: str, what: str) -> Report:
+def analyse(
+    config: Mapping[str, Any],
+    topology: str,
+    what: str,
+    slots: int | None = None,
+) -> Report:
   """Compiles a step and measures the program.
 
   Args:
     config: see `mmjax.config.base`.
     topology: see `mmjax.perf.topology.parse`.
-    what: "train" or "inference".
+    what: "train", "inference" or "decode".
+    slots: of the cache that "decode" reads, see the flag.
 
   Returns:
     A dict for JSON: bytes and FLOPs as numbers, times in seconds. A program
     that does not fit has no `memory`, `collectives` and `estimate`.
 
   Raises:
-    ValueError: for a wrong config, topology or mesh, or without libtpu.
+    ValueError: for a wrong config, topology or mesh, for a system that does not
+      write where it should decode, or without libtpu.
   """
   import jax
 
@@ -94,7 +112,10 @@ def analyse(config: Mapping[str, Any], topology: str, what: str) -> Report:
       axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
   )
   plan = make_plan(config, mesh)
-  step, arguments, kinds = (_train if what == "train" else _inference)(plan)
+  if slots is not None and what != "decode":
+    raise ValueError(f"--slots belongs to --what=decode, not to {what}")
+  with jax.set_mesh(mesh):
+    step, arguments, kinds = _STEPS[what](plan, slots)
   report: Report = dict(
       system=type(plan.stage.system).__name__,
       what=what,
@@ -126,7 +147,10 @@ def analyse(config: Mapping[str, Any], topology: str, what: str) -> Report:
   return report | _measure(compiled, work, slices, mesh, report["notes"])
 
 
-def _train(plan: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Report]:
+Step = tuple[Callable[..., Any], tuple[Any, ...], Report]
+
+
+def _train(plan: Any, slots: None) -> Step:
   """The step of the training loop, its arguments, and their bytes by kind."""
   from mmjax.train.plan import make_step
   from mmjax.train.state import bytes_per_device
@@ -145,9 +169,7 @@ def _train(plan: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Report]:
   return step, (state, plan.batch), kinds
 
 
-def _inference(
-    plan: Any,
-) -> tuple[Callable[..., Any], tuple[Any, ...], Report]:
+def _inference(plan: Any, slots: None) -> Step:
   """`system.apply` on the inputs of a batch, likewise."""
   import jax
 
@@ -165,6 +187,63 @@ def _inference(
     return plan.stage.system.apply(variables, **batch)
 
   return jax.jit(apply), (variables, batch), kinds
+
+
+def _decode(plan: Any, slots: int | None) -> Step:
+  """One token of every row, as `evals.answers` says systems write."""
+  import jax
+  import jax.numpy as jnp
+
+  from mmjax import sharding
+  from mmjax.train.state import bytes_per_device
+
+  system, rows = plan.stage.system, plan.stage.batch_size
+  if not hasattr(system, "reply"):
+    raise ValueError(
+        f"--what=decode: {type(system).__name__} does not write: it has no "
+        "`reply` (mmjax/evals/answers.py)"
+    )
+  if slots is None:
+    slots = plan.batch["tokens"].shape[1]
+  begin = jax.jit(lambda: system.init_state(rows, slots))
+  # The state says by itself how it is sharded, but only once compiled.
+  state = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=place
+      ),
+      jax.eval_shape(begin),
+      begin.lower().compile().output_shardings,
+  )
+  served = lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, jnp.bfloat16, sharding=leaf.sharding
+  )
+  variables = jax.tree.map(served, plan.state.variables())
+  place = sharding.batch_sharding(plan.mesh)
+  tokens, count = (
+      jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+      for shape in ((rows, 1), (rows,))
+  )
+  kinds = {
+      "parameters": bytes_per_device(variables),
+      "cache": bytes_per_device(state),
+  }
+
+  def reply(variables: Any, tokens: Any, state: Any, count: Any) -> Any:
+    logits, state = system.apply(
+        variables, tokens, state, count, method="reply"
+    )
+    return logits[:, -1].argmax(axis=-1), state
+
+  # What this step does not read, a tower, lies in memory all the same.
+  step = jax.jit(reply, donate_argnums=2, keep_unused=True)
+  return step, (variables, tokens, state, count), kinds
+
+
+_STEPS: dict[str, Callable[[Any, Any], Step]] = {
+    "train": _train,
+    "inference": _inference,
+    "decode": _decode,
+}
 
 
 def _measure(
@@ -315,7 +394,8 @@ def _time_lines(report: Report) -> list[str]:
 
   def rate(name: str) -> str:
     speed = report["batch_size"] / time[name]
-    return f"MFU {time[f'mfu_{name}']:.0%}, {speed:,.0f} examples/s"
+    unit = "tokens" if report["what"] == "decode" else "examples"
+    return f"MFU {time[f'mfu_{name}']:.0%}, {speed:,.0f} {unit}/s"
 
   return [
       "time of a step at the chip's published rates",

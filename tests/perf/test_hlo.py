@@ -280,6 +280,39 @@ def test_what_the_tpu_compiler_writes():
   ) + 2 * counter + (6 + 2) * row
 
 
+DECODE = """
+HloModule decode, num_partitions=1
+
+%set (old: f32[], new: f32[]) -> f32[] {
+  %old = f32[] parameter(0)
+  ROOT %new = f32[] parameter(1)
+}
+
+%write (cache: f32[8,512], where: s32[2,1], rows: f32[2,512]) -> f32[8,512] {
+  %cache = f32[8,512]{1,0} parameter(0)
+  %where = s32[2,1]{1,0} parameter(1)
+  %rows = f32[2,512]{1,0} parameter(2)
+  ROOT %written = f32[8,512]{1,0} scatter(%cache, %where, %rows), to_apply=%set
+}
+
+ENTRY %main (cache: f32[8,512], where: s32[2,1], rows: f32[2,512]) -> f32[512] {
+  %cache = f32[8,512]{1,0} parameter(0)
+  %where = s32[2,1]{1,0} parameter(1)
+  %rows = f32[2,512]{1,0} parameter(2)
+  %one = f32[8,512]{1,0} fusion(%cache, %where, %rows), kind=kCustom, calls=%write
+  %two = f32[8,512]{1,0} scatter(%one, %where, %rows), to_apply=%set
+  ROOT %read = f32[512]{0} custom-call(%two), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"9","bytes_accessed":"4096"}}}
+}
+"""  # noqa: E501
+
+
+def test_a_cache_is_written_in_place_and_a_kernel_says_what_it_reads():
+  rows, where = 2 * 512 * 4, 2 * 4
+  fused = (rows + where) + rows  # Read, and written into the cache.
+  alone = 2 * rows
+  assert hlo.Program(DECODE).traffic() == fused + alone + 4096
+
+
 def test_text_that_is_no_module():
   with pytest.raises(ValueError, match="ENTRY"):
     hlo.Program("HloModule nothing")

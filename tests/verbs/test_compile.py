@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from mmjax.models import clip
+from mmjax.models import clip, llm
 from mmjax.perf import topology
 from mmjax.verbs import compile as verb
 
@@ -118,3 +118,40 @@ def test_quantities_read_well():
   assert verb._sent(0) == "0.00 B"
 
 
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_decode_step_reads_parameters_and_cache(tmp_path, capsys):
+  out = tmp_path / "report.json"
+  flags = (
+      "--topology=v5e:2x2", "--what=decode", "--slots=2048", f"--json={out}",
+      "--config.batch_size=8", "--config.mesh.data=4",
+  )
+  assert _run("llava.py:size=tiny,stage=finetune", *flags) == 0
+  report = json.loads(out.read_text())
+  decoder = llm.SIZES["tiny"]
+  head = decoder["width"] // decoder["heads"]
+  numbers = decoder["depth"] * decoder["groups"] * head
+  row = 2 * 2048 * numbers * 4  # Keys and values in float32.
+  lengths = 8 * 4  # Of all rows, on every device.
+  assert report["kinds"]["cache"] == 8 // 4 * row + lengths
+  memory = report["memory"]
+  assert memory["temporaries"] < report["kinds"]["cache"]
+  # All is read once; what is small is counted on top.
+  floor = sum(report["kinds"].values())
+  assert report["traffic"] < 3 * floor
+  assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "config,flags,message",
+    [
+        ("vit.py", ["--what=decode"], "ViT does not write"),
+        ("vit.py", ["--slots=9"], "--slots belongs to --what=decode"),
+    ],
+)
+@needs_libtpu
+def test_decode_flags_that_do_not_fit(config, flags, message, capsys):
+  assert _run(config, "--topology=v5e:1x1", *flags) == 1
+  assert message in capsys.readouterr().err
