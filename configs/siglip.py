@@ -23,6 +23,11 @@ _SYSTEMS = {
         "mmjax.models.siglip2_training:SigLIP2", siglip2_training.SIZES
     ),
 }
+# How each stage reads texts through a vocabulary of its own.
+_TEXTS = {
+    "sigmoid": dict(end="</s>", pad="</s>", punctuation=False),
+    "siglip2": dict(end="<eos>", pad="<pad>"),
+}
 # In how many parts the towers see a batch of 32,768.
 _CHUNKS = {
     "b32": 16, "b16": 16, "b16_256": 16, "l16": 64, "so400m14": 64,
@@ -39,10 +44,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Arguments.
 
   Args:
-    arg: size; stage, by default the first that has the size; init, a run
-      directory whose parameters to take.
+    arg: size; stage, by default the first that has the size; text, the
+      sentencepiece `.model` or `tokenizer.json` of the published vocabulary
+      (English for `sigmoid`, of many languages for `siglip2`) in the place of
+      TinyWorld's; init, a run directory whose parameters to take.
   """
-  arg = config_lib.parse_arg(arg, size="tiny", stage="", init="")
+  arg = config_lib.parse_arg(arg, size="tiny", stage="", text="", init="")
   config = config_lib.base()
   if not arg.stage:
     arg.unlock()
@@ -59,7 +66,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.imports = (
         dict(type="mmjax.train.imports:from_checkpoint", path=arg.init),
     )
-  _feed(config)
+  _feed(config, arg)
   return config.lock()
 
 
@@ -125,15 +132,19 @@ def _add_recipe(config: ml_collections.ConfigDict, arg: Any) -> None:
     )
 
 
-def _feed(config: ml_collections.ConfigDict) -> None:
+def _feed(config: ml_collections.ConfigDict, arg: Any) -> None:
   """Streams and evaluators, of TinyWorld."""
-  data = dict(
-      size=config.system.vision.image[0],
-      tokenizer=dict(
-          type="mmjax.data.tokenizers:load",
-          length=config.system.text.length,
-      ),
-  )
+  length = config.system.text.length
+  tokenizer = dict(type="mmjax.data.tokenizers:load", length=length)
+  if arg.text:
+    tokenizer = dict(
+        type="mmjax.data.texts:Texts",
+        path=arg.text,
+        length=length,
+        rows=config.system.text.vocab,
+        **_TEXTS[arg.stage],
+    )
+  data = dict(size=config.system.vision.image[0], tokenizer=tokenizer)
   config.streams = (
       dict(
           source=dict(

@@ -26,6 +26,7 @@ class Texts:
       end: str = "<eos>",
       pad: str = "<pad>",
       punctuation: bool = True,
+      rows: int | None = None,
   ) -> None:
     """Reads a tokenizer.
 
@@ -35,13 +36,17 @@ class Texts:
       end: special token behind a text; a longer text is cut before it.
       pad: special token behind the end. SigLIP repeats its end, "</s>".
       punctuation: whether it stays (SigLIP 2) or goes (SigLIP, official code).
+      rows: of the tower's token table, to be checked.
 
     Raises:
-      ValueError: if the vocabulary lacks a special token, or no text fits.
+      ValueError: if the vocabulary lacks a special token or is of another
+        table, or if no text fits.
     """
     if length < 2:
       raise ValueError(f"length={length}: expected room for a token and an end")
     self._tokenizer = subwords.load(path)
+    if rows is not None:
+      subwords.check_vocabulary(self._tokenizer, rows, path)
     self._end = self._tokenizer.special(end)
     self._pad = self._tokenizer.special(pad)
     self._punctuation = punctuation

@@ -61,6 +61,8 @@ def test_what_is_refused(vocabulary):
     texts.Texts(str(vocabulary))
   with pytest.raises(ValueError, match="length=1"):
     texts.Texts(str(vocabulary), length=1, end="</s>")
+  with pytest.raises(ValueError, match="table of 32000 rows"):
+    texts.Texts(str(vocabulary), end="</s>", rows=32_000)
 
 
 def test_ids_are_those_of_transformers(vocabulary):
