@@ -142,7 +142,7 @@ def describe(value: Any) -> str:
     kind = stats.kind_of(value)
     if kind not in ("text", "JSON"):
       return f"{kind}, {size}"
-    value = bytes(value[:_TEXT]).decode(errors="replace")
+    value = bytes(value[: 4 * _TEXT + 4]).decode(errors="replace")
   if isinstance(value, str):
     # As Python writes it: a text may hold what moves a terminal's cursor.
     return repr(value[:_TEXT]) + ("..." if len(value) > _TEXT else "")

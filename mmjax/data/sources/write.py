@@ -58,13 +58,13 @@ def convert(
   faults: list[str] = []
   with _whole(out) as part:
     found = _readable(records, iter(track(range(len(records)))), faults)
-    count = 0
-    for shard in itertools.count():
-      rows = list(itertools.islice(found, shard_size))
-      if not rows:
-        break
-      write(os.path.join(part, f"{shard:05}"), rows, records.fields)
-      count += len(rows)
+    shards = itertools.count()
+    for first in found:
+      # A shard at a time, and of most forms a record at a time, is in memory.
+      rows = itertools.chain([first], itertools.islice(found, shard_size - 1))
+      path = os.path.join(part, f"{next(shards):05}")
+      write(path, rows, records.fields)
+    count = len(records) - len(faults)
     if not count:
       raise ValueError(f"none of the records can be read: {faults[0]}")
   return count, faults

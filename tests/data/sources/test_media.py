@@ -260,3 +260,46 @@ def test_broken_videos(tmp_path):
 
 def test_a_file_that_is_no_medium_has_no_facts():
   assert media.facts(b"a text") is None
+
+
+def damaged(data, count=40):
+  """Copies with flipped bytes, cut short or with a piece doubled."""
+  rng = np.random.default_rng(0)
+  for _ in range(count):
+    copy = bytearray(data)
+    for at in rng.integers(0, len(copy), rng.integers(1, 8)):
+      copy[at] = rng.integers(256)
+    begin, end = sorted(rng.integers(0, len(copy), 2))
+    yield bytes(copy)
+    yield bytes(copy[:end])
+    yield bytes(copy[:end] + copy[begin:])
+
+
+@pytest.mark.parametrize("kind", limits.IMAGES)
+def test_damaged_pictures_are_bad_records_or_pictures(kind):
+  for data in damaged(files.picture(3, kind, (40, 30))):
+    try:
+      assert media.picture(data, pixels, 0).shape[2] == 3
+    except BadRecord:
+      pass
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+def test_damaged_sounds_are_bad_records_or_sounds(kind):
+  limit = Limits(seconds=60)
+  for data in damaged(encode(WAVE, kind)):
+    try:
+      found = media.sound(data, 16000, limit)
+      assert found.dtype == np.float32 and len(found) <= 60 * 192_000
+    except BadRecord:
+      pass
+
+
+@pytest.mark.parametrize("form", ["mp4", "webm"])
+def test_damaged_videos_are_bad_records_or_videos(form):
+  data = film(form, {"mp4": "mpeg4", "webm": "vp9"}[form], count=5)
+  for broken in damaged(data, count=10):
+    try:
+      assert media.video(broken, 2, pixels, 0).shape[0] == 2
+    except BadRecord:
+      pass
