@@ -73,6 +73,8 @@ _HELIUM: dict[str, Any] = dict(
 SIZES: dict[str, dict[str, Any]] = {
     # For TinyWorld, not in a paper.
     "tiny": _rotary(96, 4, 4, 256, groups=2, vocab=1024, length=256),
+    # To be measured, neither.
+    "small": _rotary(512, 8, 8, 1376, length=256),
     "llama_7b": _rotary(4096, 32, 32, 11_008),
     "llama_13b": _rotary(5120, 40, 40, 13_824),
     "llama_33b": _rotary(6656, 60, 52, 17_920),

@@ -17,8 +17,8 @@ from torch import nn
 import torch.nn.functional as F
 
 from mmjax import config as config_lib
-from mmjax.models import clip, vit
-from mmjax.verbs import _bench_data
+from mmjax.models import clip, llm, vit
+from mmjax.verbs import _bench_data, _bench_torch_llm
 
 Params = Mapping[str, np.ndarray]
 Inputs = Mapping[str, torch.Tensor]
@@ -183,7 +183,11 @@ class CLIP(nn.Module):
     yield from _linear(self.text_projection, params, "text/projection")
 
 
-TWINS: Mapping[type, type[nn.Module]] = {vit.ViT: ViT, clip.CLIP: CLIP}
+TWINS: Mapping[type, type[nn.Module]] = {
+    vit.ViT: ViT,
+    clip.CLIP: CLIP,
+    llm.Decoder: _bench_torch_llm.Decoder,
+}
 
 
 def _linear(

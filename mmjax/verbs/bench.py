@@ -1,4 +1,4 @@
-"""mmjax bench train|attention|vq|data|checkpoint [flags]
+"""mmjax bench train|decode|attention|vq|data|checkpoint [flags]
 
 Measures on the devices of this machine, and compares with what else is
 installed. The contestants of a row take turns in one run, so that a slow minute
@@ -24,6 +24,7 @@ from mmjax import verbs
 # report)`, `heading()` and `line(row)`.
 WHAT = {
     "train": "mmjax.verbs._bench_train",
+    "decode": "mmjax.verbs._bench_decode",
     "attention": "mmjax.verbs._bench_attention",
     "vq": "mmjax.verbs._bench_vq",
     "data": "mmjax.verbs._bench_data",

@@ -160,8 +160,8 @@ def test_cpu_seconds(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "mmjax bench train|attention|vq"),
-        (["decode"], "mmjax bench train|attention|vq"),
+        ([], "mmjax bench train|decode|attention|vq"),
+        (["sing"], "mmjax bench train|decode|attention|vq"),
         (["train", "--sizes=vit"], "'vit': expected SYSTEM:SIZE"),
         (["train", "--sizes=vit:tiny:0"], "expected SYSTEM:SIZE"),
         (["train", "--sizes=vit:tiny:8:8"], "expected SYSTEM:SIZE"),
