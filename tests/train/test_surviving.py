@@ -240,7 +240,9 @@ class Failing(toy_run.Blobs):
     return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize(
+    "threads", [pytest.param(0, marks=pytest.mark.slow), 2]
+)
 def test_a_reader_that_fails_ends_the_run_which_goes_on_later(
     tmp_path, whole, monkeypatch, threads
 ):
@@ -384,6 +386,7 @@ def test_a_run_goes_back_before_a_spike_and_leaves_out_its_batches(
   assert_same(parameters(tmp_path / "hand", 32), parameters(rewound, 32))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_behind_a_rewind_repeats_it(
     tmp_path, rewound, monkeypatch
 ):
