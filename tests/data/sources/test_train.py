@@ -1,6 +1,7 @@
 """A run on a user's own files, some of them broken."""
 
 import json
+import re
 
 from mmjax.__main__ import main
 from tests.data.sources import files
@@ -55,5 +56,6 @@ def test_bad_records_are_listed_and_counted(tmp_path):
 def test_too_many_bad_records_end_a_run(tmp_path, capsys):
   assert train(tmp_path, bad=range(3, 15)) == 1
   error = capsys.readouterr().err
-  assert "5 bad records of 40, more than max_bad=0.1 allows" in error
+  # Of two threads the other may add one more.
+  assert re.search("[56] bad records of 40, more than max_bad=0.1", error)
   assert "data.tar:0" in error and "quarantine.jsonl" in error
