@@ -91,6 +91,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       decay=".*(kernel|embedding|table|qformer/query)",
   )
   config.optim = ((r"(model/vision|vision|llm)/.*", None), (".*", adam))
+  if tiny and arg.stage == "qformer":
+    # A few steps of that length would lead it below zero.
+    config.optim = (("temperature", dict(adam, lr=1e-4)), *config.optim)
   config.imports = _imports(arg)
   if not tiny:
     _scale(config)
@@ -211,10 +214,17 @@ def _conversations(
 ) -> dict[str, Any]:
   """Pictures to describe, or to answer questions about."""
   asks, reads = arg.stage == "vqa", arg.stage == "t5"
+  template = dict(
+      type="mmjax.data.templates:load",
+      name="vicuna" if asks else "blip2_t5" if reads else "opt",
+  )
+  if arg.size == "tiny" and not asks:
+    # A prompt behind the picture, as these language models are used to.
+    template["mute"] = ()
   formatter = dict(
       type="mmjax.data.templates:Formatter",
       tokenizer=dict(type="mmjax.data.subwords:load"),
-      template="vicuna" if asks else "blip2_t5" if reads else "opt",
+      template=template,
       length=128 if asks else 64,
       image_tokens=config.system.qformer.get("queries", 32),
   )

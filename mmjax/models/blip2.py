@@ -106,7 +106,7 @@ def _prompts(
     system: "BLIP2 | BLIP2T5", image: jax.Array, question: jax.Array | None
 ) -> jax.Array:
   """Soft prompts [B, (N) * Q, E]; see `BLIP2.encode`."""
-  batch, count = image.shape[0], image[..., 0, 0, 0].size // image.shape[0]
+  batch, count = len(image), image.shape[1] if image.ndim == 5 else 1
   seen = system.vision(image.reshape(-1, *image.shape[-3:]))
   seen = system.vision_norm(seen)
   mask = None
