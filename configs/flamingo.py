@@ -29,10 +29,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   Args:
     arg: size; stage; vision, a run of `configs/clip.py` or a directory as
       transformers saves a CLIP; llm, a run of `configs/llm.py` or a directory
-      of a decoder; init, a run of this file to go on from.
+      of a decoder; trained, a file of OpenFlamingo's; init, a run of this file
+      to go on from.
   """
   arg = config_lib.parse_arg(
-      arg, size="tiny", stage="train", vision="", llm="", init=""
+      arg, size="tiny", stage="train", vision="", llm="", trained="", init=""
   )
   config = config_lib.base()
   size = config_lib.pick(flamingo.SIZES, arg.size, "size")
@@ -92,17 +93,19 @@ def _imports(arg: Any) -> tuple[dict[str, Any], ...]:
   """Where the parts that stay frozen come from."""
   if arg.init:
     return (dict(type="mmjax.train.imports:from_checkpoint", path=arg.init),)
-  parts = {"vision": ("vision/encoder/", "vision/"), "llm": ("", "llm/")}
-  return tuple(
-      dict(
-          type="mmjax.train.imports:from_part",
-          path=arg[name],
-          source=source,
-          target=target,
-      )
-      for name, (source, target) in parts.items()
-      if arg[name]
-  )
+  part = "mmjax.train.imports:from_part"
+  found = []
+  if arg.vision:
+    source = dict(source="vision/encoder/", target="vision/")
+    found.append(dict(type=part, path=arg.vision, **source))
+  if arg.llm:
+    # A decoder may lack rows for the tokens that OpenFlamingo adds.
+    longer = "llm/(embed/embedding|head/kernel)"
+    found.append(dict(type=part, path=arg.llm, target="llm/", longer=longer))
+  if arg.trained:
+    official = "mmjax.models.flamingo:from_official"
+    found.append(dict(type=official, path=arg.trained))
+  return tuple(found)
 
 
 def _scale(config: ml_collections.ConfigDict) -> None:

@@ -30,6 +30,8 @@ from mmjax.weights import layout
 
 # Which tokens of the tower the resampler reads.
 SELECTS = {"patches": slice(1, None), "all": slice(None)}
+# What OpenFlamingo trained, of a file as it releases them.
+from_official = flamingo_layout.from_official
 # Arrays of the gated blocks and of the decoder's, stacked over layers.
 Stack: TypeAlias = Any
 

@@ -7,14 +7,20 @@ the names that OpenFlamingo's functions have for them.
 
 from collections.abc import Mapping
 import dataclasses
+import os
 from typing import Any
+
+import jax
 
 from mmjax.models import clip, clip_layout, llm, llm_layout
 from mmjax.nn import perceiver
-from mmjax.weights import layout, transforms
+from mmjax.weights import engine, layout, transforms
 from mmjax.weights.layout import Ignore, Rule, Table
+from mmjax.weights.source import open_source
 from mmjax.weights.transforms import LINEAR, Transform
 
+# The one table of the decoder that OpenFlamingo trained, for its new tokens.
+EMBEDDING = "llm/embed/embedding"
 # `[places, 1, D]` <-> our `[places, D]`.
 _PLACES = Transform(
     lambda array, shape: array.reshape(shape), lambda array: array[:, None]
@@ -78,24 +84,55 @@ def config_of(system: Any) -> dict[str, Any]:
 
 def table(system: Any) -> Table:
   """OpenFlamingo's names, of which its files hold one or two a tensor."""
-  decoder = _decoder_rules(system)
-  blocks = _body(decoder)
-  place = f"{{{system.every}i+{system.first}}}"
   return [
       *_vision_rules(),
+      *_decoder_rules(system),
       *_resampler_rules(),
-      *decoder,
-      *_gate_rules(f"{blocks}.{place}.gated_cross_attn_layer"),
-      *_spare(_gate_rules(f"lang_encoder.gated_cross_attn_layers.{place}")),
+      *_all_gate_rules(system),
   ]
 
 
-# The files that OpenFlamingo released hold what it trained and no more.
-official_table = table
+def trained_table(system: Any) -> list[Rule]:
+  """The names in the files that OpenFlamingo released: what it trained."""
+  words = [
+      rule
+      for rule in _decoder_rules(system)
+      if isinstance(rule, Rule) and rule.target == EMBEDDING
+  ]
+  return [*_resampler_rules(), *_all_gate_rules(system), *words]
 
 
-def _spare(rules: list[Rule]) -> list[Rule]:
-  return [dataclasses.replace(rule, spare=True) for rule in rules]
+def from_official(
+    system: Any,
+    abstract: Mapping[str, Any],
+    *,
+    path: str | os.PathLike[str],
+) -> dict[str, jax.Array]:
+  """What OpenFlamingo trained, of a file as it releases them.
+
+  For `Stage.imports`; tower and decoder come from their own checkpoints. The
+  table of the decoder's tokens is taken where the file has it.
+
+  Args:
+    system: what is filled.
+    abstract: path -> shape, dtype and sharding of its parameters.
+    path: a `.safetensors` with the `state_dict`.
+
+  Raises:
+    ValueError: naming all tensors that do not fit.
+  """
+  source = open_source(path)
+  table = trained_table(system)
+  held = {
+      name
+      for rule in table
+      if rule.target != EMBEDDING
+      or rule.source in source.tensors
+      for name in rule.paths
+  }
+  wanted = {name: leaf for name, leaf in abstract.items() if name in held}
+  places = {name: leaf.sharding for name, leaf in wanted.items()}
+  return engine.load(source, table, wanted, shardings=places)
 
 
 def _vision_rules() -> list[Rule | Ignore]:
@@ -130,6 +167,19 @@ def _resampler_rules() -> list[Rule]:
       *_attention_rules(f"{layer}.0", f"{block}/attention"),
       *_mlp_rules(f"{layer}.1", block),
       *layout.affine("perceiver.norm", "resampler/norm"),
+  ]
+
+
+def _all_gate_rules(system: Any) -> list[Rule]:
+  place = f"{{{system.every}i+{system.first}}}"
+  newer = f"{_body(_decoder_rules(system))}.{place}.gated_cross_attn_layer"
+  older = f"lang_encoder.gated_cross_attn_layers.{place}"
+  return [
+      *_gate_rules(newer),
+      *(
+          dataclasses.replace(rule, spare=True)
+          for rule in _gate_rules(older)
+      ),
   ]
 
 

@@ -32,6 +32,8 @@ Params = dict[str, jax.Array]
 _FREE_FIELDS = {
     "classes", "dropout", "dtype", "image", "name", "parent", "pre_logits",
     "remat", "resample",
+    # The shapes of parameters tell; None may say the same as a number.
+    "groups", "head_dim", "table",
 }  # fmt: skip
 
 
@@ -69,7 +71,7 @@ def from_checkpoint(
   if donor.layout is not None:
     _check_fields(system, donor.system, folder)
   select = _Selection(abstract, donor.shapes, skip, donor.where)
-  return select.finish(donor.read(select.asked()), system)
+  return select.finish(donor.read(select.asked()), _resampling(system))
 
 
 def from_part(
@@ -82,6 +84,7 @@ def from_part(
     skip: str | None = None,
     deeper: str | None = None,
     longer: str | None = None,
+    resample: str | None = None,
     step: int | None = None,
 ) -> Params:
   """Takes a part of another system: CLIP's tower for LLaVA, a trained decoder.
@@ -99,8 +102,10 @@ def from_part(
       not filled here, or not wanted of there.
     deeper: pattern of paths here whose stack may have more blocks there, of
       which the first are taken.
-    longer: pattern of tables here that may have more rows than there; each of
-      the rows behind becomes the mean of the others.
+    longer: pattern of tables here that may have more rows (a head: columns)
+      than there; each of those behind becomes the mean of the others.
+    resample: method of `nn.position` for position tables of another grid; by
+      default that of the part.
     step: of a run's checkpoint; the newest by default.
 
   Returns:
@@ -145,7 +150,9 @@ def from_part(
   there = {path: source + path[len(target) :] for path in select.wanted}
   read = donor.read({there[p]: leaf for p, leaf in select.asked().items()})
   found = {path: read[name] for path, name in there.items()}
-  return select.finish(found, _part(system, target))
+  if resample is None:
+    resample = _resampling(_part(system, target))
+  return select.finish(found, resample)
 
 
 class _Donor(NamedTuple):
@@ -323,15 +330,19 @@ class _Selection:
         for path, leaf in self.wanted.items()
     }
 
-  def finish(self, found: Params, system: Any) -> Params:
-    """What was read in our shapes; `system` knows how to resample grids."""
-    method = getattr(system, "resample", "bicubic")
+  def finish(self, found: Params, method: str) -> Params:
+    """What was read, in our shapes; `method` resamples grids."""
     done = {path: found[path] for path in self.wanted}
     for path, grid in self.grids.items():
       done[path] = _resample(found[path], self.wanted[path], *grid, method)
     for path in self.rows:
       done[path] = _refit(found[path], self.wanted[path])
     return done
+
+
+def _resampling(system: Any) -> str:
+  """How a system resamples its position tables."""
+  return getattr(system, "resample", "bicubic")
 
 
 def _matcher(pattern: str | None) -> Callable[[str], Any]:
@@ -423,24 +434,36 @@ def _moved_rows(
   found = set()
   for path, leaf in wanted.items():
     old, new = stored.get(path, ()), tuple(leaf.shape)
-    if len(old) != len(new) or not new or old[1:] != new[1:]:
+    axis = _only_difference(old, new)
+    if axis is None:
       continue
-    if (old[0] > new[0] and is_deeper(path)) or (
-        old[0] < new[0] and is_longer(path)
+    if (axis == 0 and old[0] > new[0] and is_deeper(path)) or (
+        old[axis] < new[axis] and is_longer(path)
     ):
       found.add(path)
   return found
+
+
+def _only_difference(
+    old: tuple[int, ...], new: tuple[int, ...]
+) -> int | None:
+  """The one axis in which two shapes differ; None if there is no such axis."""
+  if len(old) != len(new):
+    return None
+  axes = [i for i, sizes in enumerate(zip(old, new)) if len({*sizes}) > 1]
+  return axes[0] if len(axes) == 1 else None
 
 
 def _refit(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
   """The first rows; or all, and their mean in the rows behind."""
 
   def refit(array: jax.Array) -> jax.Array:
-    count = leaf.shape[0] - array.shape[0]
+    axis = _only_difference(array.shape, leaf.shape)
+    count = leaf.shape[axis] - array.shape[axis]
     if count <= 0:
       return array[: leaf.shape[0]]
-    mean = array.mean(axis=0, keepdims=True)
-    return jnp.concatenate([array, jnp.repeat(mean, count, axis=0)])
+    mean = array.mean(axis=axis, keepdims=True)
+    return jnp.concatenate([array, jnp.repeat(mean, count, axis)], axis)
 
   return jax.jit(refit, out_shardings=leaf.sharding)(array)
 

@@ -218,11 +218,11 @@ def test_filled_rows_hold_what_fits_of_their_share():
 
 
 def test_filled_rows_show_the_pictures_of_what_fits():
-  source = Source([5, 4, 9, 2], [1, 2, 2, 0])
+  source = Source([5, 6, 9, 2], [1, 2, 2, 0])
   rows = pack.Filled(source, length=24, each=4, slots=4)
   (row,) = [rows[index] for index in range(len(rows))]
   # The third document would fit the tokens, but not the slots.
-  assert row["segment"].tolist() == [1] * 5 + [2] * 4 + [0] * 15
+  assert row["segment"].tolist() == [1] * 5 + [2] * 6 + [0] * 13
   assert row["images"][:, 0, 0, 0].tolist() == [100.0, 200.0, 201.0, 0.0]
   with pytest.raises(ValueError, match="2 pictures .* slots=1"):
     pack.Filled(source, length=24, each=1, slots=1)[1]

@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,8 @@ from mmjax.nn import partitioning
 from mmjax.objectives.term import Context
 from mmjax.sampling import autoregressive, beam
 from mmjax.sampling.decoding import Decoding
+from mmjax.weights import safetensors_file
+from mmjax.weights.source import open_source
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ("flamingo_both", "flamingo_newer", "flamingo_older")
@@ -90,7 +93,7 @@ def test_a_beam_of_one_is_greedy():
   system, variables, (images, tokens, media), arrays = golden(CASES[0])
   step, prefill = steps(system, variables, images, media)
   new = arrays["out.greedy"].shape[1]
-  found, _ = beam.search(
+  found, _ = beam.beam_search(
       step,
       flamingo.reordered,
       system.init_state(2, tokens.shape[1] + new),
@@ -292,3 +295,31 @@ def test_places_that_are_refused():
   system, _, variables, images, tokens, _ = drawn()
   with pytest.raises(AssertionError):
     system.apply(variables, images, tokens, tokens[:, :-1])
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_released_files_hold_what_was_trained(words, tmp_path):
+  """Resampler and gated blocks, and the table of tokens or not."""
+  system, variables, _, _ = golden("flamingo_newer")
+  source = open_source(GOLDEN / "flamingo_newer")
+  parts = ("perceiver", "gated_cross_attn", "embed_tokens")[: 2 + words]
+  kept = {
+      name: source.read(name)
+      for name in source.tensors
+      if any(part in name for part in parts)
+  }
+  safetensors_file.write(tmp_path / "trained.safetensors", kept)
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  flat = traverse_util.flatten_dict(variables["params"], sep="/")
+  abstract = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+      for name, x in flat.items()
+  }
+  found = flamingo.from_official(
+      system, abstract, path=tmp_path / "trained.safetensors"
+  )
+  assert {name.split("/")[0] for name in found} == (
+      {"resampler", "gates", "llm"} if words else {"resampler", "gates"}
+  )
+  for name, array in found.items():
+    np.testing.assert_array_equal(array, flat[name])
