@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from mmjax import config, pretrained, sharding
-from mmjax.data import pack
+from mmjax.data import pack, subwords
 from mmjax.models import fromage, fromage_layout
 from mmjax.models.fromage_dialogue import Dialogue, Prompt, Said, Style
 from mmjax.objectives.term import Context
 from mmjax.sampling.autoregressive import Sampling
 from mmjax.sampling.decoding import Decoding
 from mmjax.sampling.retrieval import Index
-from mmjax.train import optim
+from mmjax.train import imports, optim
 from mmjax.train.stage import Stage
 from mmjax.train.state import make_init
 from mmjax.train.step import train_step
@@ -378,3 +378,37 @@ def test_training_leaves_both_models_as_they_are():
   assert np.linalg.norm(state.live["ret_row"]) == pytest.approx(
       rows.mean(), rel=1e-5
   )
+
+
+def test_opt_may_have_rows_behind_those_of_ret():
+  size = dict(fromage.SIZES["opt6.7b"]["llm"])
+  size |= dict(
+      vocab=38, width=20, depth=2, heads=4, mlp=36, length=14,
+      position=dict(type="mmjax.nn.position:LearnedPositions", length=14),
+  )  # fmt: skip
+  node = dict(
+      fromage.SIZES["tiny"], type="mmjax.models.fromage:FROMAGe", llm=size
+  )
+  system = config.build(node, "system")
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  shapes, _ = pretrained.abstract_params(fromage.LAYOUT, system)
+  whole = sharding.replicated(mesh)
+  abstract = {
+      path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+      for path, leaf in shapes.items()
+  }
+  table = "llm/embed/embedding"
+  found = imports.from_part(
+      system, abstract, path=str(GOLDEN / "llm_opt"), target="llm/",
+      deeper=table, longer=table,
+  )  # fmt: skip
+  expected = pretrained.from_pretrained(GOLDEN / "llm_opt").variables
+  expected = traverse_util.flatten_dict(expected["params"], sep="/")
+  assert found.keys() == {f"llm/{path}" for path in expected}
+  for path, leaf in expected.items():
+    cut = leaf[:38] if f"llm/{path}" == table else leaf
+    np.testing.assert_array_equal(found[f"llm/{path}"], cut)
+
+
+def test_tinyworld_has_the_token():
+  assert subwords.load().special("[RET]") == fromage.SIZES["tiny"]["ret"]
