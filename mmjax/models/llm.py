@@ -364,7 +364,6 @@ class Decoder(nn.Module):
     x, state = self.hidden(tokens, embeddings, position, mask, state, count)
     return self.logits(x), state
 
-
   def prefill(
       self, batch: Mapping[str, jax.Array], state: Cache, count: jax.Array
   ) -> tuple[jax.Array, Cache]:
