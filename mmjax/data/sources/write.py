@@ -164,8 +164,9 @@ def _write_arrayrecord(
   module = optional(
       "array_record.python.array_record_module", "writing ArrayRecords"
   )
-  # One record a chunk: they are read at random.
-  writer = module.ArrayRecordWriter(f"{path}.arrayrecord", "group_size:1")
+  # One record a chunk: they are read at random. Media are compressed already.
+  options = "group_size:1,uncompressed"
+  writer = module.ArrayRecordWriter(f"{path}.arrayrecord", options)
   try:
     for _, record in rows:
       writer.write(tf_example.serialise(record))
