@@ -211,6 +211,8 @@ def _open_video(
       raise BadRecord(f"{found}: no video in it")
     stream = container.streams.video[0]
     context = stream.codec_context
+    if context is None:
+      raise BadRecord(f"{found}: its codec is unknown")
     limits.check(pixels=context.width * context.height)
     # The threads of the loader are enough.
     context.thread_count = 1
