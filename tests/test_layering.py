@@ -117,7 +117,8 @@ def test_nothing_needs_torch():
       for imported in imports(path)
       if imported.split(".")[0] in ("torch", "transformers", "tensorflow")
   }
-  assert users <= {"mmjax.verbs._bench_torch"}
+  # The other side of the benches, which runs in a process of its own.
+  assert all(name.startswith("mmjax.verbs._bench_torch") for name in users)
 
 
 def test_every_floor_is_known():
