@@ -121,13 +121,13 @@ def speak(text: str, voice: Voice) -> Utterance:
     voice: who says it.
 
   Raises:
-    ValueError: if there is no such voice, or nothing is to be said.
+    ValueError: if there is no such voice, or no word in the text.
   """
   _check(voice)
   chunks, events = _synthesise(text, voice)
-  rate = next((e.number for e in events if e.kind == _RATE), 0)
-  if not chunks or not rate:
-    raise ValueError(f"espeak-ng has nothing to say for {text!r}")
+  if all(event.kind != _WORD for event in events):
+    raise ValueError(f"espeak-ng found no word in {text!r}")
+  rate = next(event.number for event in events if event.kind == _RATE)
   raw = np.frombuffer(b"".join(chunks), np.int16)
   heard = raw.astype(np.float32) / np.float32(2**15)
   heard = np.clip(audio_lib.resample(heard, rate, audio_lib.RATE), -1, 1)
