@@ -28,7 +28,9 @@ SETTINGS = {
 @pytest.fixture
 def settings(request, tmp_path):
   name = request.param
-  found = dict(MMJAX_ROOT=str(ROOT), JAX_PLATFORMS="cpu")
+  found = dict(
+      MMJAX_ROOT=str(ROOT), RUNS=str(tmp_path), STEPS="2", JAX_PLATFORMS="cpu"
+  )
   if name == "import_zero_shot":
     found["CHECKPOINT"] = str(checkpoint(tmp_path / "clip"))
   return name, found | SETTINGS.get(name, {})
