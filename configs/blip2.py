@@ -218,9 +218,10 @@ def _conversations(
       type="mmjax.data.templates:load",
       name="vicuna" if asks else "blip2_t5" if reads else "opt",
   )
-  if arg.size == "tiny" and not asks:
-    # A prompt behind the picture, as these language models are used to.
-    template["mute"] = ()
+  if arg.size == "tiny":
+    # What these language models are used to: a prompt behind the picture, and
+    # no opening.
+    template |= dict(system="") if asks else dict(mute=())
   formatter = dict(
       type="mmjax.data.templates:Formatter",
       tokenizer=dict(type="mmjax.data.subwords:load"),

@@ -17,7 +17,7 @@ def test_the_question_comes_with_examples_and_prompts():
   written = Written(asked, formatter, key="image")
   assert len(written) == 8 and asked.kind(3) == questions.kind(3)
   for index in range(8):
-    text = questions.question(index).text
+    text = questions.questions(index)[-1].text
     for example in (written[index], written.prompt(index)):
       np.testing.assert_array_equal(
           example["question"], tokenizer.encode(text)
