@@ -54,6 +54,7 @@ setuptools.setup(
             "mmjax[data,video]",
             "nbclient",
             "pytest",
+            "pytest-timeout",
             "pytest-xdist",
             "ruff",
             "scipy",

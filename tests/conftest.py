@@ -14,6 +14,10 @@ os.environ["XLA_FLAGS"] = (
     # orders, and wait for ever.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
+# A collective holds a thread of XLA's pool on every fake device until all have
+# come to it. As many threads as cores are too few: those who wait keep out those
+# who are waited for.
+os.environ["NPROC"] = "64"
 
 
 @pytest.fixture(autouse=True, scope="module")
