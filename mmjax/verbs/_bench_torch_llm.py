@@ -52,23 +52,19 @@ class _Block(nn.Module):
   def sources(self, params: Params, i: int) -> Iterator[Source]:
     """What fills this block: slice i of our stacked leaves."""
 
-    def matrices(*names: str) -> Iterator[Source]:
+    def fused(*names: str) -> tuple[str, np.ndarray]:
       paths = [f"blocks/{name}/kernel" for name in names]
-      width = params[paths[0]].shape[1]
-      parts = [params[path][i].reshape(width, -1).T for path in paths]
-      yield paths[0], np.concatenate(parts)
+      kernels = [params[path][i] for path in paths]
+      rows = [kernel.reshape(len(kernel), -1).T for kernel in kernels]
+      return paths[0], np.concatenate(rows)
 
-    out = params["blocks/attention/out/kernel"][i]
-    for layer, found in (
-        (self.qkv, matrices(*(f"attention/{n}" for n in
-                              ("query", "key", "value")))),
-        (self.gate_up, matrices("mlp/gate", "mlp/up")),
-        (self.down, matrices("mlp/down")),
-    ):  # fmt: skip
-      for path, value in found:
-        yield layer.weight, path, value
-    flat = out.reshape(-1, out.shape[-1]).T
-    yield self.out.weight, "blocks/attention/out/kernel", flat
+    parts = [f"attention/{name}" for name in ("query", "key", "value")]
+    yield self.qkv.weight, *fused(*parts)
+    path = "blocks/attention/out/kernel"
+    kernel = params[path][i].reshape(self.out.in_features, -1)
+    yield self.out.weight, path, kernel.T
+    yield self.gate_up.weight, *fused("mlp/gate", "mlp/up")
+    yield self.down.weight, *fused("mlp/down")
     for norm, name in ((self.norm1, "attention"), (self.norm2, "mlp")):
       path = f"blocks/{name}_norm/scale"
       yield norm.weight, path, params[path][i]
