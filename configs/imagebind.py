@@ -3,7 +3,8 @@
 Sizes: see `mmjax.models.imagebind.SIZES`. Stages: `align`, pictures and text as
 in CLIP (the paper takes OpenCLIP's towers instead), and `bind`, which binds
 speech, depth, heat and movement to pictures while the towers of pictures and
-text stay frozen (section 3.2, appendix B).
+text stay frozen (section 3.2, appendix B). Not in the paper: `lora`, which goes
+on from `bind` with low-rank updates alone (Hu et al. 2022).
 """
 
 import ml_collections
@@ -14,28 +15,40 @@ from mmjax.data.tinyworld import text
 from mmjax.models import imagebind
 
 SIZES = tuple(imagebind.SIZES)
-STAGES = ("align", "bind")
+STAGES = ("align", "bind", "lora")
 
 # (batch, steps, warm-up, peak learning rate) of each stage. The paper trains
 # each pair apart, for 64 epochs (8 for movement) of its own data; here all are
 # trained at once, for as long as speech is there.
 _RECIPES = {
     "tiny": dict(
-        align=(128, 2400, 100, 2e-3), bind=(128, 2400, 100, 2e-3)
+        align=(128, 2400, 100, 2e-3),
+        bind=(128, 2400, 100, 2e-3),
+        lora=(128, 400, 20, 2e-3),
     ),
     "huge": dict(
         align=(32_768, 32 * 2_000_000_000 // 32_768, 2000, 5e-4),
         bind=(2048, 64 * 2_000_000 // 2048, 2 * 2_000_000 // 2048, 1.6e-3),
+        lora=(512, 5000, 100, 2e-4),
     ),
 }
 # What is trained.
 _LIVE = {
     "align": "(vision|text)/.*|text_scale",
     "bind": "(audio|depth|thermal|imu)/.*",
+    "lora": ".*/low_(in|out)",
+}
+_RANK = 4
+# What a stage does not take from the one before: these begin anew.
+_SKIP = {
+    "align": None,
+    "bind": "(audio|depth|thermal|imu)/.*",
+    "lora": ".*/low_(in|out)",
 }
 _WEIGHTS = {
     "align": dict(text=1.0),
     "bind": dict.fromkeys(imagebind.BOUND, 1.0),
+    "lora": dict.fromkeys(imagebind.BOUND, 1.0),
 }
 
 
@@ -43,15 +56,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Arguments.
 
   Args:
-    arg: size; stage; init, what to start from: for `bind` a run of `align`, or
-      a checkpoint of the official code with all towers.
+    arg: size; stage; init, what to start from: for `bind` a run of `align`, for
+      `lora` one of `bind`; or a checkpoint with the official names.
   """
   arg = config_lib.parse_arg(arg, size="tiny", stage="align", init="")
   config = config_lib.base()
   size = config_lib.pick(imagebind.SIZES, arg.size, "size")
   live = config_lib.pick(_LIVE, arg.stage, "stage")
   config.system = dict(type="mmjax.models.imagebind:ImageBind", **size)
-  config.objective = dict(type=f"mmjax.models.imagebind:{arg.stage}")
+  if arg.stage == "lora":
+    for name in ("audio", "depth", "thermal", "imu"):
+      config.system[name].rank = _RANK
+  compared = "align" if arg.stage == "align" else "bind"
+  config.objective = dict(type=f"mmjax.models.imagebind:{compared}")
   config.weights = _WEIGHTS[arg.stage]
   recipe = _RECIPES[arg.size][arg.stage]
   config.batch_size, config.steps, config.warmup, config.lr = recipe
@@ -64,7 +81,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           warmup=config.get_ref("warmup"),
       ),
       b1=0.9,
-      b2=0.95 if arg.stage == "bind" else 0.98,
+      b2=0.98 if arg.stage == "align" else 0.95,
       weight_decay=0.1 if arg.size == "tiny" else 0.2,
       decay=".*(kernel|embedding|table)",
   )
@@ -82,8 +99,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         dict(
             type="mmjax.train.imports:from_checkpoint",
             path=arg.init,
-            # These towers begin anew.
-            skip="(audio|depth|thermal|imu)/.*",
+            skip=_SKIP[arg.stage],
         ),
     )
   _data(config, arg.stage)

@@ -226,6 +226,7 @@ class Tower(nn.Module):
     extra: whether all tokens see one learned key and value besides (others).
     drop_path: rate at which the last block is left out; it rises from 0.
     dropout: rate before the projection.
+    rank: of low-rank updates of the blocks' kernels, see `linear.Linear`.
     remat: name in `nn.transformer.REMAT`.
     dtype: of the computation.
   """
@@ -240,6 +241,7 @@ class Tower(nn.Module):
   extra: bool = False
   drop_path: float = 0.0
   dropout: float = 0.0
+  rank: int = 0
   remat: str = "none"
   dtype: Any = jnp.float32
 
@@ -266,7 +268,11 @@ class Tower(nn.Module):
         4 * width,
         "gelu",
         _EPSILON,
-        _EXTRA_INIT if self.extra else _INIT,
+        transformer.BlockInit(
+            mlp_bias=linear.ZEROS,
+            extra=nn.initializers.xavier_normal() if self.extra else None,
+            rank=self.rank,
+        ),
         dtype=self.dtype,
         name="blocks",
     )(
@@ -285,12 +291,6 @@ class Tower(nn.Module):
         name="projection",
     )(y)
     return Features(x, y)
-
-
-_INIT = transformer.BlockInit(mlp_bias=linear.ZEROS)
-_EXTRA_INIT = transformer.BlockInit(
-    mlp_bias=linear.ZEROS, extra=nn.initializers.xavier_normal()
-)
 
 
 class ImageBind(nn.Module):

@@ -208,6 +208,7 @@ class Attention(nn.Module):
     biased: which of "query", "key" and "value" have that bias.
     extra_init: of one learned key and one learned value that all queries see
       behind the others (PyTorch's `add_bias_kv`); None for none.
+    rank: of the updates of all four kernels, see `linear.Linear`.
   """
 
   heads: int
@@ -217,6 +218,7 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
   biased: Sequence[str] = ("query", "key", "value")
   extra_init: Initializer | None = None
+  rank: int = 0
 
   @nn.compact
   def __call__(
@@ -244,6 +246,7 @@ class Attention(nn.Module):
           self.qkv_init,
           self.qkv_bias_init if name in self.biased else None,
           self.dtype,
+          self.rank,
           name=name,
       )(source)
       return sharding.constrain(y, "batch", "length", "heads", None)
@@ -259,6 +262,7 @@ class Attention(nn.Module):
         linear.HEADS_TO_EMBED,
         self.out_init,
         dtype=self.dtype,
+        rank=self.rank,
         name="out",
     )(y)
 

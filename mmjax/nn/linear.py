@@ -59,6 +59,9 @@ class Linear(nn.Module):
       its fans are those of the matrix product.
     bias_init: None for no bias.
     dtype: of the computation; parameters stay in float32.
+    rank: of an update of the kernel, kept as two factors `low_in` and
+      `low_out` (LoRA, Hu et al. 2022, with alpha = rank); 0 for none. It is
+      zero at first, so a trained kernel may be taken over as it is.
   """
 
   features: int | Sequence[int]
@@ -66,6 +69,7 @@ class Linear(nn.Module):
   kernel_init: Initializer = XAVIER
   bias_init: Initializer | None = ZEROS
   dtype: Any = jnp.float32
+  rank: int = 0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -85,7 +89,26 @@ class Linear(nn.Module):
         (*inputs, *features),
         jnp.float32,
     )
-    y = _contract(x.astype(self.dtype), kernel.astype(self.dtype), contracted)
+    x = x.astype(self.dtype)
+    y = _contract(x, kernel.astype(self.dtype), contracted)
+    if self.rank:
+      first = self.param(
+          "low_in",
+          declared(FAN_IN_UNIFORM, self.axes[0], None),
+          (math.prod(inputs), self.rank),
+          jnp.float32,
+      )
+      second = self.param(
+          "low_out",
+          declared(ZEROS, None, self.axes[contracted]),
+          (self.rank, math.prod(features)),
+          jnp.float32,
+      )
+      low = _contract(
+          x, first.astype(self.dtype).reshape(*inputs, -1), contracted
+      )
+      second = second.astype(self.dtype).reshape(-1, *features)
+      y += _contract(low, second, 1)
     if self.bias_init is not None:
       bias = self.param(
           "bias",

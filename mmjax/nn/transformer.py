@@ -40,6 +40,8 @@ class BlockInit:
   biased: tuple[str, ...] = ("query", "key", "value")
   # Of a key and a value that all queries see besides; None for none.
   extra: Initializer | None = None
+  # Of low-rank updates of all kernels (`linear.Linear`); 0 for none.
+  rank: int = 0
 
 
 class Mlp(nn.Module):
@@ -68,6 +70,7 @@ class Mlp(nn.Module):
         self.inits.up,
         self.inits.mlp_bias,
         self.dtype,
+        self.inits.rank,
         name="up",
     )(x)
     y = sharding.constrain(y, "batch", "length", "mlp")
@@ -81,6 +84,7 @@ class Mlp(nn.Module):
         self.inits.down,
         self.inits.mlp_bias,
         self.dtype,
+        self.inits.rank,
         name="down",
     )(y)
     return dropout(self, y, self.dropout)
@@ -173,6 +177,7 @@ class Block(nn.Module):
         self.dtype,
         self.inits.biased,
         self.inits.extra,
+        self.inits.rank,
         name="attention",
     )(y, mask)
     x = x + drop_path(self, dropout(self, y, self.dropout), skip)
