@@ -250,18 +250,20 @@ def build(name, llm="llm"):
 
 
 def test_published_sizes():
-  # What is trained: the paper says 107M or 108M in the second stage.
+  # What is trained; table 2 of the paper has it in millions.
   trained = {
-      "opt2.7b": 107_1, "opt6.7b": 108_3, "flant5xl": 106_7, "flant5xxl": 108_3
-  }
+      "vitl_opt2.7b": 103_5, "vitl_flant5xl": 103_2, "opt2.7b": 107_1,
+      "opt6.7b": 108_3, "flant5xl": 106_7, "flant5xxl": 108_3,
+  }  # fmt: skip
   for name, millions in trained.items():
     llm = "t5" if "t5" in name else "llm"
     shapes, _ = pretrained.abstract_params(blip2.LAYOUT, build(name, llm))
     sizes = collections.Counter()
     for path, leaf in shapes.items():
       sizes[path.split("/")[0]] += leaf.size
-    # EVA-CLIP g/14 without its last block, 986M.
-    assert sizes.pop("vision") == 985_949_184
+    # EVA-CLIP g/14, or CLIP L/14, without its last block.
+    vision = 290_581_504 if "vitl" in name else 985_894_528
+    assert sizes.pop("vision") == vision
     del sizes["llm"]
     assert sizes.total() // 100_000 == millions, name
     assert not any("text" in path for path in shapes)
@@ -314,8 +316,15 @@ def test_a_question_changes_what_queries_look_for():
   np.testing.assert_allclose(found, asked, atol=2e-5)
 
 
+def certain(name):
+  """A golden without dropout."""
+  system, variables, batch, _ = golden(name)
+  system = system.clone(qformer=system.qformer.clone(dropout=0.0))
+  return system, variables, dict(batch)
+
+
 def test_objectives_count_what_is_to_be_written():
-  system, variables, batch, _ = golden("blip2_opt")
+  system, variables, batch = certain("blip2_opt")
   batch = dict(batch, weight=np.float32(np.arange(9) > 6) * np.ones((2, 1)))
   terms, _ = blip2.describe(system, variables, batch, CONTEXT)
   logits, _ = system.apply(
@@ -328,11 +337,11 @@ def test_objectives_count_what_is_to_be_written():
   assert float(terms["next_token"].weight) == 4
   assert ratio(terms["next_token"]) == pytest.approx(-chosen.mean(), rel=1e-5)
 
-  system, variables, batch, _ = golden("blip2_t5")
-  batch["targets"][1, 4:] = -1
-  segment = np.ones_like(batch["tokens"])
-  segment[0, 6:] = 0
-  batch = dict(batch, segment=segment)
+  system, variables, batch = certain("blip2_t5")
+  batch["segment"] = np.ones_like(batch["tokens"])
+  batch["segment"][0, 6:] = 0
+  behind = np.arange(6) >= [[6], [4]]
+  batch["targets"] = np.where(behind, -1, batch["targets"])
   terms, _ = blip2.go_on(system, variables, batch, CONTEXT)
   log_probs = jax.nn.log_softmax(system.apply(variables, **batch))
   chosen = np.take_along_axis(
@@ -341,6 +350,24 @@ def test_objectives_count_what_is_to_be_written():
   assert float(terms["next_token"].weight) == 6 + 4
   loss = -chosen[batch["targets"] >= 0].mean()
   assert ratio(terms["next_token"]) == pytest.approx(loss, rel=1e-5)
+
+
+def test_official_names_of_a_clip_tower():
+  system = build("vitl_opt2.7b")
+  shapes, _ = pretrained.abstract_params(blip2.LAYOUT, system)
+  names = engine.describe(blip2.official_table(system), shapes)
+  for name, shape in {
+      "visual_encoder.conv1.weight": (1024, 3, 14, 14),
+      "visual_encoder.ln_pre.bias": (1024,),
+      "visual_encoder.transformer.resblocks.22.attn.in_proj_weight":
+          (3072, 1024),
+      "Qformer.bert.encoder.layer.10.crossattention.self.key.weight":
+          (768, 1024),
+      "Qformer.bert.encoder.layer.11.output_query.dense.weight": (768, 3072),
+      "opt_proj.weight": (2560, 768),
+      "opt_model.model.decoder.layers.31.fc1.weight": (10_240, 2560),
+  }.items():
+    assert names[name].shape == shape
 
 
 def test_what_is_refused():

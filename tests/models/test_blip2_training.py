@@ -17,12 +17,12 @@ CONFIGS = verbs.load_module(str(ROOT / "configs" / "blip2.py"))
 
 
 def small(**arguments):
-  """A stage at its tiny size, of small batches."""
+  """A stage at its tiny size, of few steps."""
   text = ",".join(f"{key}={value}" for key, value in arguments.items())
   config = CONFIGS.get_config(text)
   with config.unlocked():
     config.evals = {}
-  config.update(steps=2, batch_size=4, loader_threads=0)
+  config.update(steps=2, batch_size=8, loader_threads=0)
   return config
 
 
@@ -33,7 +33,7 @@ def planned(config):
 def test_what_is_frozen_stays_bit_by_bit():
   config = small(stage="decode")
   plan = planned(config)
-  batches = mixture.batches(plan.streams, batch_size=4, seed=0, threads=0)
+  batches = mixture.batches(plan.streams, batch_size=8, seed=0, threads=0)
   with jax.set_mesh(plan.mesh):
     state = first_state(plan)
     live, frozen = jax.device_get((state.live, state.frozen))
