@@ -12,9 +12,11 @@ demo: $(VENV)/.installed-test
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
-# The long tests, one by one: compilations for TPU slices, several processes.
+# The long tests: compilations for TPU slices, notebooks; then, one by one, those
+# of several processes.
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-compile
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not alone"
+	$(BIN)/python -m pytest -m "slow and alone"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ import pytest
 from mmjax.train import peers
 from tests.train import toy_run
 
+pytestmark = pytest.mark.alone
+
 ROOT = pathlib.Path(__file__).parents[1]
 HOST = str(ROOT / "launch" / "host.sh")
 TRAIN = (sys.executable, "-m", "mmjax", "train")

@@ -18,6 +18,8 @@ from mmjax.train import checkpoint, plan
 from tests.train import toy_run
 from tests.train.test_loop import lines
 
+pytestmark = pytest.mark.alone
+
 ROOT = pathlib.Path(__file__).parents[2]
 KILLS, EVERY = 20, 10
 
