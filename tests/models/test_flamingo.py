@@ -93,7 +93,7 @@ def test_a_beam_of_one_is_greedy():
   system, variables, (images, tokens, media), arrays = golden(CASES[0])
   step, prefill = steps(system, variables, images, media)
   new = arrays["out.greedy"].shape[1]
-  found, _ = beam.beam_search(
+  found = beam.beam_search(
       step,
       flamingo.reordered,
       system.init_state(2, tokens.shape[1] + new),
