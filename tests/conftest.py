@@ -15,8 +15,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 # A collective holds a thread of XLA's pool on every fake device until all have
-# come to it. As many threads as cores are too few: those who wait keep out those
-# who are waited for.
+# come to it. As many threads as cores are too few: those that wait keep out
+# those that are waited for.
 os.environ["NPROC"] = "64"
 
 
