@@ -76,6 +76,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   else:
     _second_stage(config, size, arg)
   config.batch_size, config.steps, config.warmup, config.lr, last = recipe
+  if arg.size.startswith("vitl") and arg.stage == "qformer":
+    config.batch_size = 2320
   adam = dict(
       type="mmjax.train.optim:adamw",
       lr=dict(

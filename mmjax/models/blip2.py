@@ -67,6 +67,11 @@ def eva(
 
 
 _EVA = dict(type="mmjax.models.blip2:eva")
+# CLIP L/14 up to its last block but one.
+_CLIP = dict(
+    type="mmjax.models.clip:encoder",
+    image=(224, 224), patch=14, width=1024, depth=23, heads=16, mlp=4096,
+)  # fmt: skip
 _DECODER = dict(type="mmjax.models.llm:Decoder")
 # FlanT5 with the exact GELU that BLIP-2 runs it with.
 _T5 = dict(type="mmjax.models.t5:T5", activation="gelu")
@@ -86,6 +91,12 @@ SIZES: dict[str, dict[str, Any]] = {
         embed=64,
         llm=_DECODER | llm.SIZES["tiny"],
         t5=dict(type="mmjax.models.t5:T5", **t5.SIZES["tiny"]),
+    ),
+    "vitl_opt2.7b": dict(
+        vision=_CLIP, qformer=_QFORMER, llm=_DECODER | llm.SIZES["opt_2.7b"]
+    ),
+    "vitl_flant5xl": dict(
+        vision=_CLIP, qformer=_QFORMER, t5=_T5 | t5.SIZES["xl"]
     ),
     "opt2.7b": dict(
         vision=_EVA, qformer=_QFORMER, llm=_DECODER | llm.SIZES["opt_2.7b"]

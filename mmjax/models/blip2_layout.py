@@ -4,10 +4,11 @@ For `models.blip2` and `models.blip2_pretrain`.
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 from mmjax import config
-from mmjax.models import llm_layout, t5_layout
+from mmjax.models import clip_layout, llm_layout, t5_layout
 from mmjax.nn import linear
 from mmjax.weights import layout
 from mmjax.weights.layout import Ignore, Rule, Table
@@ -297,31 +298,56 @@ def _language_rules(system: Any, source: str) -> list[Rule | Ignore]:
   )
 
 
-def _official_rules(former: Any) -> list[Rule | Ignore]:
-  """Encoder and Q-Former as the official code calls them."""
+def _official_eva() -> list[Rule]:
+  """An encoder of EVA as the official code calls it."""
   attention = "visual_encoder.blocks.{i}.attn"
-  source = "Qformer.bert."
-  return [
-      *_vision_rules(
-          "visual_encoder.",
-          "blocks.{i}",
-          dict(
-              cls="cls_token",
-              place="pos_embed",
-              patch="patch_embed.proj",
-              norm="norm",
-              attention="attn",
-              out="proj",
-          ),
-          (
-              Rule(f"{attention}.q_bias", _QUERY_BIAS, FLAT),
-              Rule(f"{attention}.v_bias", _VALUE_BIAS, FLAT),
-          ),
+  return _vision_rules(
+      "visual_encoder.",
+      "blocks.{i}",
+      dict(
+          cls="cls_token",
+          place="pos_embed",
+          patch="patch_embed.proj",
+          norm="norm",
+          attention="attn",
+          out="proj",
       ),
+      (
+          Rule(f"{attention}.q_bias", _QUERY_BIAS, FLAT),
+          Rule(f"{attention}.v_bias", _VALUE_BIAS, FLAT),
+      ),
+  )
+
+
+def _official_clip() -> list[Rule]:
+  """An encoder of CLIP as the official code calls it: as OpenAI's does."""
+  tower, found = "vision/encoder/", []
+  for rule in clip_layout.official_table(None):
+    if isinstance(rule, Rule) and all(p.startswith(tower) for p in rule.paths):
+      single = isinstance(rule.target, str)
+      targets = [
+          "vision/" + target.removeprefix(tower)
+          for target in ([rule.target] if single else rule.target)
+      ]
+      found.append(
+          dataclasses.replace(
+              rule,
+              source=rule.source.replace("visual.", "visual_encoder.", 1),
+              target=targets[0] if single else tuple(targets),
+          )
+      )
+  return found
+
+
+def _official_rules(system: Any) -> list[Rule | Ignore]:
+  """Encoder and Q-Former as the official code calls them."""
+  source, clips = "Qformer.bert.", system.vision.stem_norm is not None
+  return [
+      *(_official_clip() if clips else _official_eva()),
       *layout.affine("ln_vision", "vision_norm"),
       Rule("query_tokens", "qformer/query", leading(1)),
       *layout.affine(f"{source}embeddings.LayerNorm", "qformer/norm"),
-      *_qformer_rules(former, source, "self"),
+      *_qformer_rules(system.qformer, source, "self"),
       Ignore(r"Qformer\.bert\.embeddings\.position_ids"),
   ]
 
@@ -330,7 +356,7 @@ def official_pretraining(system: Any) -> Table:
   """The names of the official code, of a `Pretraining`."""
   source, head = "Qformer.bert.embeddings.", "Qformer.cls.predictions"
   rules = [
-      *_official_rules(system.model.qformer),
+      *_official_rules(system.model),
       Rule(f"{source}word_embeddings.weight", "qformer/embed/embedding"),
       Rule(f"{source}position_embeddings.weight", "qformer/position/table"),
       *layout.dense(f"{head}.transform.dense", "qformer/transform"),
@@ -355,7 +381,7 @@ def official_generation(system: Any) -> Table:
   """
   kind = "t5" if hasattr(system.llm, "encoder_depth") else "opt"
   return [
-      *_official_rules(system.qformer),
+      *_official_rules(system),
       *layout.dense(f"{kind}_proj", "projection"),
       *_language_rules(system, f"{kind}_model"),
   ]
