@@ -210,7 +210,7 @@ class QFormer(nn.Module):
         ),
     )
     self.transform = linear.Linear(
-        self.width, (*linear.EMBED_TO_MLP[:1], None), init, dtype=self.dtype
+        self.width, ("embed", None), init, dtype=self.dtype
     )
     self.transform_norm = norm.LayerNorm(self.epsilon, self.dtype)
     self.bias = Bias(self.vocab)
