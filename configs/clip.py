@@ -1,8 +1,11 @@
 """CLIP (Radford et al. 2021): `configs/clip.py:size=b32`.
 
 Sizes: see `mmjax.models.clip.SIZES`. Stages: `contrastive` (section 2.5, tables
-18 and 19) and, for l14_336, `highres` (one more epoch at 336 pixels).
+18 and 19) and, for l14_336, `highres` (one more epoch at 336 pixels); for
+tiny64, `highres` goes from single digits (a run of size=tiny) to scenes.
 """
+
+from typing import Any
 
 import ml_collections
 
@@ -28,8 +31,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = config_lib.base()
   size = config_lib.pick(clip.SIZES, arg.size, "size")
   config_lib.pick(dict.fromkeys(STAGES), arg.stage, "stage")
-  if arg.stage == "highres" and arg.size != "l14_336":
-    raise ValueError("stage=highres belongs to size=l14_336 (section 3.2)")
+  if arg.stage == "highres" and arg.size not in ("l14_336", "tiny64"):
+    raise ValueError(
+        "stage=highres belongs to size=l14_336 (section 3.2) and tiny64"
+    )
   config.system = dict(type="mmjax.models.clip:CLIP", **size)
   config.objective = dict(type="mmjax.models.clip:contrast")
   config.weights = dict(contrastive=1.0)
@@ -39,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.batch_size, config.warmup = 128, 100
     config.steps = 2400
     if arg.size == "tiny64":
-      config.batch_size, config.steps = 64, 1800
+      config.batch_size, config.steps = 64, 1200
     adam = dict(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1)
     # Not in the paper: the mean of the last steps reads new hands better.
     config.shadow, config.eval_shadow = ((".*", 0.995),), True
@@ -71,12 +76,22 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       (".*", adam),
   )
   if arg.init:
-    config.imports = (
-        dict(type="mmjax.train.imports:from_checkpoint", path=arg.init),
-    )
-
+    config.imports = (_import(arg.size, arg.init),)
   _data(config, arg.size)
   return config.lock()
+
+
+def _import(size: str, path: str) -> dict[str, Any]:
+  """All of a run, or what a tower of scenes takes from one of single digits."""
+  if size != "tiny64":
+    return dict(type="mmjax.train.imports:from_checkpoint", path=path)
+  return dict(
+      type="mmjax.train.imports:from_part",
+      path=path,
+      # Digits are as large as before, in pixels; there are more of them.
+      resample="tile",
+      longer="text/position/table",
+  )
 
 
 def _data(config: ml_collections.ConfigDict, size: str) -> None:

@@ -6,6 +6,7 @@ model learns to talk about them; the tower stays frozen (section 4.2 of the
 paper; appendix of LLaVA-1.5, table 9).
 """
 
+import functools
 from typing import Any
 
 import ml_collections
@@ -127,10 +128,13 @@ def _data(config: ml_collections.ConfigDict, arg: Any) -> None:
   vicuna = dict(name="vicuna", system="") if tiny else dict(name="vicuna")
   template = dict(name="plain") if arg.stage == "align" else vicuna
   length = patches + (48 if arg.stage == "align" else 80) if tiny else 2048
+  # The published sizes speak with TinyWorld's few words here, too.
+  rows = config.system.llm.get_ref("vocab") if tiny else None
+  written = functools.partial(_written, patches, rows)
   hand = dict(split="train", size=tower.image[0], variety=1.8, warp=0.4)
   config.streams = tuple(
       dict(
-          source=_written(source | hand, template, length, patches),
+          source=written(source | hand, template, length),
           weight=weight,
       )
       for source, weight in _TALK[arg.stage]
@@ -139,13 +143,11 @@ def _data(config: ml_collections.ConfigDict, arg: Any) -> None:
   config.evals = dict(
       questions=dict(
           type="mmjax.evals.answers:Answers",
-          source=_written(_QUESTIONS | test, vicuna, patches + 32, patches),
+          source=written(_QUESTIONS | test, vicuna, patches + 32),
       ),
       captions=dict(
           type="mmjax.evals.answers:Answers",
-          source=_written(
-              _CAPTIONS | test, dict(name="plain"), patches + 8, patches
-          ),
+          source=written(_CAPTIONS | test, dict(name="plain"), patches + 8),
           scores=("scene",),
           examples=256,
           max_new=48,
@@ -154,7 +156,11 @@ def _data(config: ml_collections.ConfigDict, arg: Any) -> None:
 
 
 def _written(
-    source: dict[str, Any], template: dict[str, Any], length: int, patches: int
+    patches: int,
+    rows: Any,
+    source: dict[str, Any],
+    template: dict[str, Any],
+    length: int,
 ) -> dict[str, Any]:
   """Conversations of TinyWorld, as LLaVA reads them."""
   return dict(
@@ -167,6 +173,7 @@ def _written(
           length=length,
           image_tokens=patches,
           truncate=True,
+          rows=rows,
       ),
       key="image",
   )

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmjax.data.batch import Example
 from mmjax.data.pack import Document
-from mmjax.data.templates import IMAGE, Conversation, Formatter
+from mmjax.data.templates import IMAGE, Conversation, Formatter, Turn
 
 _KEYS = ("image", "images")
 
@@ -92,8 +92,7 @@ class Written:
 
   def question(self, index: int) -> str:
     """What is said before `answer`, without the pictures."""
-    turns = self.source.conversation(index)[:-1]
-    return turns[-1].text.replace(IMAGE, "").strip() if turns else ""
+    return last_question(self.source.conversation(index))
 
   def answer(self, index: int) -> str:
     """What the assistant should say after `prompt`."""
@@ -114,3 +113,9 @@ class Written:
       pictures = self.source.pictures(index)
       row[self._key] = pictures if self._key == "images" else pictures[0]
     return row | self.source.labels(index)
+
+
+def last_question(conversation: Conversation) -> str:
+  """What is said before the last answer, without the pictures."""
+  turns = [Turn(*turn) for turn in conversation[:-1]]
+  return turns[-1].text.replace(IMAGE, "").strip() if turns else ""

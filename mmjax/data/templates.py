@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmjax.config import nearest
-from mmjax.data import pack
+from mmjax.data import pack, subwords
 from mmjax.data.batch import Example
 from mmjax.data.pack import Document
 from mmjax.data.subwords import Tokenizer
@@ -128,6 +128,13 @@ TEMPLATES: dict[str, Template] = {
         picture=("<pad>",),
         mute=("system", "user"),
     ),
+    # T5 and Flan-T5, whose encoder reads the instruction and its end.
+    "t5": Template(
+        after={"system": ("\n",), "user": (Special("</s>"),)},
+        end=(Special("</s>"),),
+        picture=(),
+        placeholder="",
+    ),
     # BLIP-2 with FlanT5, whose encoder reads the picture and what follows it.
     "blip2_t5": Template(
         end=(Special("</s>"),),
@@ -204,6 +211,7 @@ class Formatter:
       or is an error. It always ends where an answer does, and keeps at least
       one; its pictures stay in the batch, shown or not.
     pad_id: the token behind the end.
+    rows: of the model's embedding table, to be compared with the tokenizer.
   """
 
   tokenizer: Tokenizer
@@ -212,8 +220,11 @@ class Formatter:
   image_tokens: int = 1
   truncate: bool = False
   pad_id: int = 0
+  rows: int | None = None
 
   def __post_init__(self) -> None:
+    if self.rows is not None:
+      subwords.check_vocabulary(self.tokenizer, self.rows, "the model")
     if isinstance(self.template, str):
       object.__setattr__(self, "template", load(self.template))
     if self.length < 1 or self.image_tokens < 1:
@@ -223,12 +234,14 @@ class Formatter:
       )
     self._check_specials()
 
-  def row(self, conversation: Conversation, images: int) -> Example:
+  def row(
+      self, conversation: Conversation, images: int | Sequence[int]
+  ) -> Example:
     """A row of one conversation; the keys are those of `pack.row`.
 
     Args:
       conversation: turns, of which the first may be the system's.
-      images: pictures that the example has.
+      images: pictures that the example has, or the rows of features of each.
 
     Raises:
       ValueError: for a role that is unknown or out of place, more or fewer
@@ -237,19 +250,22 @@ class Formatter:
     document = self.document(conversation, images)
     return pack.row([document], self.length, self.pad_id)
 
-  def prompt(self, conversation: Conversation, images: int) -> Example:
+  def prompt(
+      self, conversation: Conversation, images: int | Sequence[int]
+  ) -> Example:
     """A row that ends where the assistant's next answer would begin.
 
     `segment` is 1 on its tokens; all weights are 0.
 
     Args:
       conversation: turns, the last of which is not the assistant's.
-      images: pictures that the example has.
+      images: as for `row`.
 
     Raises:
       ValueError: as `row`; it is never truncated.
     """
-    turns = self._turns(conversation, images)
+    sizes = self._sizes(images)
+    turns = self._turns(conversation, len(sizes))
     if turns[-1].role == "assistant":
       raise ValueError(
           "the prompt ends with an answer; leave it out to have it asked for"
@@ -258,7 +274,7 @@ class Formatter:
     pieces += [
         _Piece(part, 0.0) for part in self.template.before.get("assistant", ())
     ]
-    document = self._encode(pieces, (self.image_tokens,) * images)
+    document = self._encode(pieces, sizes)
     if len(document.tokens) > self.length:
       raise ValueError(
           f"a prompt of {len(document.tokens)} tokens does not fit "
@@ -296,16 +312,12 @@ class Formatter:
 
     Args:
       conversation: as for `row`.
-      images: pictures of the example, or the rows of features of each.
+      images: as for `row`.
 
     Raises:
       ValueError: as `row`.
     """
-    sizes = (
-        (self.image_tokens,) * images
-        if isinstance(images, int)
-        else tuple(images)
-    )
+    sizes = self._sizes(images)
     turns = self._turns(conversation, len(sizes))
     document = self._write(turns, sizes)
     if len(document.tokens) <= self.length:
@@ -325,6 +337,12 @@ class Formatter:
         f"a conversation of {len(document.tokens)} tokens does not fit "
         f"length={self.length}: {advice}: {_excerpt(turns)}"
     )
+
+  def _sizes(self, images: int | Sequence[int]) -> tuple[int, ...]:
+    """The rows of features of each picture."""
+    if isinstance(images, int):
+      return (self.image_tokens,) * images
+    return tuple(images)
 
   def _check_specials(self) -> None:
     template = self.template

@@ -70,34 +70,16 @@ SIZES: dict[str, dict[str, Any]] = {
             mlp=256,
         ),
     ),
-    # For systems that read its patches, each of them a part of a digit.
-    "tiny64": dict(
-        vision=dict(
-            type="mmjax.models.clip:ImageTower",
-            embed=128,
-            image=(64, 64),
-            patch=8,
-            width=96,
-            depth=4,
-            heads=3,
-            mlp=384,
-        ),
-        text=dict(
-            type="mmjax.models.clip:TextTower",
-            embed=128,
-            vocab=1024,
-            length=40,
-            width=96,
-            depth=2,
-            heads=3,
-            mlp=384,
-        ),
-    ),
     "b32": _size(512, 224, 32, 768, 512),
     "b16": _size(512, 224, 16, 768, 512),
     "l14": _size(768, 224, 14, 1024, 768),
     "l14_336": _size(768, 336, 14, 1024, 768),
 }
+# Four times the picture, for scenes of several digits, and longer captions.
+SIZES["tiny64"] = dict(
+    vision=SIZES["tiny"]["vision"] | dict(image=(64, 64)),
+    text=SIZES["tiny"]["text"] | dict(length=40),
+)
 
 
 class ImageFeatures(NamedTuple):

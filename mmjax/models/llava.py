@@ -317,8 +317,13 @@ def _to_hf(system: LLaVA) -> dict[str, Any]:
   )
 
 
-def _table(system: LLaVA) -> Table:
-  """The names that transformers writes, and those of its other releases."""
+def table(system: LLaVA, target: str = "") -> Table:
+  """The names that transformers writes, and those of its other releases.
+
+  Args:
+    system: whose parameters.
+    target: what their paths begin with, as a part of another system.
+  """
   rules: list[layout.Rule | Ignore] = []
   for model, language, head in (
       ("", "language_model.model", "language_model.lm_head"),
@@ -326,12 +331,14 @@ def _table(system: LLaVA) -> Table:
   ):
     projector = f"{model}multi_modal_projector.linear"
     for tower in ("vision_tower.", "vision_tower.vision_model."):
-      rules += clip_layout.encoder_rules(f"{model}{tower}", "vision/")
+      rules += clip_layout.encoder_rules(
+          f"{model}{tower}", f"{target}vision/"
+      )
     rules += [
-        *layout.dense(f"{projector}_1", "projector/up"),
-        *layout.dense(f"{projector}_2", "projector/down"),
+        *layout.dense(f"{projector}_1", f"{target}projector/up"),
+        *layout.dense(f"{projector}_2", f"{target}projector/down"),
         *llm_layout.rules(
-            system.llm, body=language, head=head, target="llm/"
+            system.llm, body=language, head=head, target=f"{target}llm/"
         ),
     ]
   # Blocks behind the one that is read, and the norm behind them all.
@@ -348,7 +355,7 @@ LAYOUT = layout.Layout(
     architectures=("LlavaForConditionalGeneration",),
     system=_from_hf,
     config=_to_hf,
-    table=_table,
+    table=table,
     inputs=lambda system: {
         "image": jax.ShapeDtypeStruct(
             (1, *system.vision.image, 3), jnp.float32

@@ -16,7 +16,7 @@ from mmjax.weights.layout import Ignore, Rule, Table
 from mmjax.weights.transforms import LINEAR
 
 # Where a config.json is silent, transformers takes these (`LlamaConfig`,
-# `Qwen2Config`, `HeliumConfig`, `OPTConfig`).
+# `Qwen2Config`, `HeliumConfig`, `OPTConfig`, `MistralConfig`).
 _ROTARY: dict[str, Any] = dict(
     hidden_size=4096,
     num_hidden_layers=32,
@@ -67,9 +67,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         enable_bias=True,
         tie_word_embeddings=True,
     ),
+    # Read only: without its window it is LLaMA's network, and written as such.
+    "MistralForCausalLM": _ROTARY | dict(
+        vocab_size=32_000,
+        intermediate_size=14_336,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        sliding_window=4096,
+    ),
 }
 ARCHITECTURES = tuple(_DEFAULTS)
-_MODEL_TYPES = ("llama", "qwen2", "helium", "opt")
+_MODEL_TYPES = ("llama", "qwen2", "helium", "opt", "mistral")
 
 # OPT's layer norms take PyTorch's default.
 _TORCH_EPSILON = 1e-5
@@ -101,8 +109,18 @@ def _architecture(hf: Mapping[str, Any]) -> str:
 
 
 def _read_rotary(hf: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-  """LLaMA, Qwen2 and Helium."""
+  """LLaMA, Qwen2, Helium and Mistral."""
   heads, width = hf["num_attention_heads"], hf["hidden_size"]
+  window = hf.get("sliding_window")
+  if (
+      architecture == "MistralForCausalLM"
+      and window is not None
+      and window < hf["max_position_embeddings"]
+  ):
+    raise ValueError(
+        f"sliding_window={window} of {hf['max_position_embeddings']} positions:"
+        " expected null, or as many"
+    )
   layers = set(hf.get("layer_types") or ["full_attention"])
   if hf.get("use_sliding_window") or layers != {"full_attention"}:
     raise ValueError(

@@ -6,8 +6,9 @@ Run with torch and transformers (5.23 wrote the files that are kept):
 
 Every directory `llava_*` beside this file is what `save_pretrained` wrote, plus
 `golden.npz` with `in.image` (channels last), `in.tokens`, `in.source` (which
-vector of the picture stands at a token, -1 for none), `out.projected` and
-`out.logits`. All parameters are drawn anew.
+vector of the picture stands at a token, -1 for none), `out.projected`,
+`out.logits`, and what `generate` adds: `out.greedy` and `out.beam`, padded with
+0 behind an end. All parameters are drawn anew.
 """
 
 from pathlib import Path
@@ -31,6 +32,12 @@ TEXT: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, intermediate_size=24,
     num_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
 )
+# So many ids end an answer that some rows end early.
+ENDS = (1, 2, 3, 4, 5)
+MAX_NEW = 10
+SEARCHES: dict[str, dict[str, Any]] = {
+    "greedy": {}, "beam": dict(num_beams=3)
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "llava_plain": dict(
         vision=VISION, text=dict(TEXT, model_type="llama"), layer=-2,
@@ -88,6 +95,19 @@ def make(
       lambda module, inputs, output: kept.append(output)
   )
   out = model(input_ids=tokens, pixel_values=image)
+  written = {}
+  for search, options in SEARCHES.items():
+    found = model.generate(
+        input_ids=tokens,
+        pixel_values=image,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=MAX_NEW,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=list(ENDS),
+        **options,
+    )
+    written[f"out.{search}"] = found[:, tokens.shape[1] :].int().numpy()
   directory = HERE / name
   shutil.rmtree(directory, ignore_errors=True)
   model.save_pretrained(directory)
@@ -100,6 +120,7 @@ def make(
           "in.source": source,
           "out.projected": kept[0].reshape(2, seen, -1).numpy(),
           "out.logits": out.logits.numpy(),
+          **written,
       },
   )
 

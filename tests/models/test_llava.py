@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from mmjax import config, pretrained
+from mmjax.evals import answers
 from mmjax.models import llava
-from mmjax.nn import partitioning
+from mmjax.nn import cache, partitioning
 from mmjax.objectives.term import Context
+from mmjax.sampling import autoregressive, beam, decoding
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ("llava_plain", "llava_full", "llava_qwen2")
@@ -43,6 +45,63 @@ def test_outputs_are_those_of_transformers(name):
   logits, state = jax.jit(system.apply)(variables, *inputs)
   close(logits, arrays["out.logits"])
   assert state is None
+
+
+# The ids that end an answer, as in the script that wrote the goldens.
+SETTINGS = decoding.Decoding(10, eos=(1, 2, 3, 4, 5))
+
+
+def steps(system, variables, image, tokens, source, count=None):
+  """The prompts of a batch, as the engines take them."""
+  rows, length = tokens.shape
+  count = np.full(rows, length) if count is None else np.asarray(count)
+  segment = (np.arange(length) < count[:, None]).astype(np.int32)
+  batch = dict(image=image, tokens=tokens, source=source, segment=segment)
+  found = answers.writer(system, variables, batch, SETTINGS.max_new)
+  return found._asdict()
+
+
+def same(tokens, lengths, expected):
+  """Equal up to and with the end of each row, and as long."""
+  for ours, length, theirs in zip(tokens, lengths, expected, strict=True):
+    np.testing.assert_array_equal(ours[:length], theirs[:length])
+    ends = np.isin(theirs, SETTINGS.eos)
+    assert length == (ends.argmax() + 1 if ends.any() else len(theirs))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers_are_those_that_transformers_generates(name):
+  system, variables, inputs, arrays = golden(name)
+  found, _ = autoregressive.generate(
+      **steps(system, variables, *inputs), decoding=SETTINGS
+  )
+  same(found.tokens, found.lengths, arrays["out.greedy"])
+  best = beam.beam_search(
+      **steps(system, variables, *inputs),
+      reorder=cache.reordered,
+      decoding=SETTINGS,
+      beam=beam.Beam(3),
+  )
+  same(best.tokens[:, 0], best.lengths[:, 0], arrays["out.beam"])
+
+
+def test_a_ragged_batch_writes_what_its_rows_write_one_by_one():
+  system, variables, (image, tokens, source), _ = golden("llava_plain")
+  count = [tokens.shape[1], tokens.shape[1] - 3]
+  whole, _ = autoregressive.generate(
+      **steps(system, variables, image, tokens, source, count),
+      decoding=SETTINGS,
+  )
+  for row, real in enumerate(count):
+    one, _ = autoregressive.generate(
+        **steps(
+            system, variables, image[row : row + 1],
+            tokens[row : row + 1, :real], source[row : row + 1, :real],
+        ),
+        decoding=SETTINGS,
+    )  # fmt: skip
+    np.testing.assert_array_equal(whole.tokens[row], one.tokens[0])
+    assert whole.lengths[row] == one.lengths[0]
 
 
 @pytest.mark.parametrize("name", CASES)

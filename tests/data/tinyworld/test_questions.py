@@ -206,11 +206,19 @@ def test_an_index_is_one_example_everywhere(make):
 
 def test_examples_never_change():
   source = questions.VisualQuestions("test")
-  assert [source.question(i) for i in range(3)] == [
-      ("how many digits do you see?", "two"),
-      ("which number is the pink digit?", "nine"),
-      ("how many digits are there?", "three"),
+  assert [source.questions(i) for i in range(3)] == [
+      [("how many digits do you see?", "two")],
+      [("which number is the pink digit?", "nine")],
+      [("how many digits are there?", "three")],
   ]
+  more = questions.VisualQuestions("test", exchanges=3)
+  for index in range(50):
+    asked = more.questions(index)
+    assert len(asked) == 3 and asked[:1] == source.questions(index)
+    for question in asked:
+      assert solve(more.scene(index), question.text)[0] == question.answer
+  with pytest.raises(ValueError, match="exchanges=0"):
+    questions.VisualQuestions("test", exchanges=0)
   dialogue = questions.Dialogues("test").questions(6)
   assert [tuple(question) for question in dialogue] == [
       ("what colour is the eight?", "yellow"),
