@@ -57,6 +57,7 @@ def test_rows_of_ours(out, capsys, monkeypatch):
   assert line.split()[:2] == ["smaller:3:5:4", "mmjax"]
 
 
+@pytest.mark.slow
 def test_generate_writes_the_same_tokens(out, capsys):
   """The check inside the verb passes."""
   pytest.importorskip("torch")
@@ -69,11 +70,12 @@ def test_generate_writes_the_same_tokens(out, capsys):
   assert names[3:] == ["compile"] or "no compile: " in captured.out
 
 
+@pytest.mark.slow
 def test_the_decoders_twin_is_the_same_network(out, capsys):
   """Loss and gradient of packed rows."""
   pytest.importorskip("torch")
   code, rows = run(
-      out, "train", f"--configs={out.parent}", "--sizes=llm:tiny:2"
+      out, "train", f"--configs={out.parent}", "--sizes=llm:tiny:8"
   )
   assert code == 0, capsys.readouterr().err
   assert [row["step"] for row in rows][:2] == ["mmjax", "eager"]
