@@ -1,7 +1,7 @@
 """ImageBind (Girdhar et al. 2023): `configs/imagebind.py:size=tiny,stage=bind`.
 
 Sizes: see `mmjax.models.imagebind.SIZES`. Stages: `align`, pictures and text as
-in CLIP (the paper takes OpenCLIP's towers instead), and `bind`, which binds
+in CLIP (tiny only: the paper takes OpenCLIP's towers), and `bind`, which binds
 speech, depth, heat and movement to pictures while the towers of pictures and
 text stay frozen (section 3.2, appendix B). Not in the paper: `lora`, which goes
 on from `bind` with low-rank updates alone (Hu et al. 2022).
@@ -27,7 +27,6 @@ _RECIPES = {
         lora=(128, 400, 20, 2e-3),
     ),
     "huge": dict(
-        align=(32_768, 32 * 2_000_000_000 // 32_768, 2000, 5e-4),
         bind=(2048, 64 * 2_000_000 // 2048, 2 * 2_000_000 // 2048, 1.6e-3),
         lora=(512, 5000, 100, 2e-4),
     ),
@@ -59,10 +58,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     arg: size; stage; init, what to start from: for `bind` a run of `align`, for
       `lora` one of `bind`; or a checkpoint with the official names.
   """
-  arg = config_lib.parse_arg(arg, size="tiny", stage="align", init="")
+  arg = config_lib.parse_arg(arg, size="tiny", stage="bind", init="")
   config = config_lib.base()
   size = config_lib.pick(imagebind.SIZES, arg.size, "size")
   live = config_lib.pick(_LIVE, arg.stage, "stage")
+  if arg.stage not in _RECIPES[arg.size]:
+    raise ValueError(
+        f"stage={arg.stage} belongs to size=tiny: the paper takes the towers of "
+        "OpenCLIP ViT-H/14 instead"
+    )
   config.system = dict(type="mmjax.models.imagebind:ImageBind", **size)
   if arg.stage == "lora":
     for name in ("audio", "depth", "thermal", "imu"):
@@ -92,8 +96,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   else:
     config.mesh.update(data=1, fsdp=-1)
     for name in ("vision", "text", "audio", "depth", "thermal", "imu"):
-      config.system[name].dtype = "bfloat16"
-      config.system[name].remat = "full"
+      tower = config.system[name]
+      tower.dtype, tower.remat = "bfloat16", "full"
+      if "stem" in tower:
+        tower.stem.dtype = "bfloat16"
   if arg.init:
     config.imports = (
         dict(

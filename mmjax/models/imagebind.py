@@ -248,7 +248,7 @@ class Tower(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> Features:
     """Embeds what the stem takes."""
-    x = self.stem(x, self.width)
+    x = self.stem(x, self.width).astype(self.dtype)
     batch, rows, columns, width = x.shape
     std = linear.normal(width**-0.5)
     cls = self.param("cls", declared(std, "embed"), (width,), jnp.float32)

@@ -62,7 +62,7 @@ _PEN_NOISE = 0.05
 # A hand's movement is smooth over so many of 128 samples.
 _SMOOTH = 9 / 128
 
-# What is said fits into so much of the clip, in frames of 10 ms.
+# Samples from frame to frame of a spectrogram.
 _HOP = RATE // 100
 
 
