@@ -64,7 +64,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   live = config_lib.pick(_LIVE, arg.stage, "stage")
   if arg.stage not in _RECIPES[arg.size]:
     raise ValueError(
-        f"stage={arg.stage} belongs to size=tiny: the paper takes the towers of "
+        f"stage={arg.stage} belongs to size=tiny: the paper has the towers of "
         "OpenCLIP ViT-H/14 instead"
     )
   config.system = dict(type="mmjax.models.imagebind:ImageBind", **size)
