@@ -41,10 +41,15 @@ def _size(**text: Any) -> dict[str, Any]:
 # Vocabularies have rows for "<image>" and padding, as in transformers' form.
 _VICUNA: dict[str, Any] = dict(vocab=32_064)
 SIZES: dict[str, dict[str, Any]] = {
-    # For TinyWorld, not in the report.
+    # For TinyWorld, not in the report: the tower is that of CLIP tiny, for
+    # pictures of half the side.
     "tiny": dict(
-        base=dict(type="mmjax.models.llava:LLaVA", **llava.SIZES["tiny"]),
-        pinpoints=((64, 128), (128, 64), (128, 128)),
+        base=dict(
+            type="mmjax.models.llava:LLaVA",
+            **llava.SIZES["tiny"]
+            | dict(vision=llava.SIZES["tiny"]["vision"] | dict(image=(32, 32))),
+        ),
+        pinpoints=((32, 64), (64, 32), (64, 64)),
     ),
     "v1.6_vicuna_7b": _size(**llm.SIZES["llama2_7b"] | _VICUNA),
     "v1.6_vicuna_13b": _size(**llm.SIZES["llama2_13b"] | _VICUNA),

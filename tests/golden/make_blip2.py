@@ -14,8 +14,8 @@ with a T5 `in.targets` too. `blip2_match` has `out.similarity` and
 
 `blip2_lavis` holds one run of the official code (salesforce/LAVIS at 506965b)
 with random weights: `Blip2Qformer.forward` with the multinomial draw of hard
-negatives replaced by argmax. Its arrays have the names of that code; `meta.json`
-has the sizes.
+negatives replaced by argmax. Its arrays have the names of that code;
+`meta.json` has the sizes.
 """
 
 from pathlib import Path
