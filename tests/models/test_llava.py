@@ -70,12 +70,20 @@ def same(tokens, lengths, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_answers_are_those_that_transformers_generates(name):
+def test_greedy_answers_are_those_of_transformers(name):
   system, variables, inputs, arrays = golden(name)
   found, _ = autoregressive.generate(
       **steps(system, variables, *inputs), decoding=SETTINGS
   )
   same(found.tokens, found.lengths, arrays["out.greedy"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [CASES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CASES[1:])],
+)
+def test_the_best_of_three_beams_is_that_of_transformers(name):
+  system, variables, inputs, arrays = golden(name)
   best = beam.beam_search(
       **steps(system, variables, *inputs),
       reorder=cache.reordered,
@@ -85,23 +93,21 @@ def test_answers_are_those_that_transformers_generates(name):
   same(best.tokens[:, 0], best.lengths[:, 0], arrays["out.beam"])
 
 
-def test_a_ragged_batch_writes_what_its_rows_write_one_by_one():
+def test_a_row_writes_the_same_whatever_stands_beside_and_behind_it():
   system, variables, (image, tokens, source), _ = golden("llava_plain")
-  count = [tokens.shape[1], tokens.shape[1] - 3]
-  whole, _ = autoregressive.generate(
+  count = np.array([tokens.shape[1], tokens.shape[1] - 3])
+  write = lambda image, tokens, source, count: autoregressive.generate(
       **steps(system, variables, image, tokens, source, count),
       decoding=SETTINGS,
-  )
-  for row, real in enumerate(count):
-    one, _ = autoregressive.generate(
-        **steps(
-            system, variables, image[row : row + 1],
-            tokens[row : row + 1, :real], source[row : row + 1, :real],
-        ),
-        decoding=SETTINGS,
-    )  # fmt: skip
-    np.testing.assert_array_equal(whole.tokens[row], one.tokens[0])
-    assert whole.lengths[row] == one.lengths[0]
+  )[0]
+  whole = write(image, tokens, source, count)
+  other = np.where(np.arange(tokens.shape[1]) < count[:, None], tokens, 7)
+  for row in (0, 1):
+    twice = [row, row]
+    alone = write(image[twice], other[twice], source[twice], count[twice])
+    for copy in (0, 1):
+      np.testing.assert_array_equal(whole.tokens[row], alone.tokens[copy])
+      assert whole.lengths[row] == alone.lengths[copy]
 
 
 @pytest.mark.parametrize("name", CASES)
