@@ -17,7 +17,7 @@ SIZES = tuple(clip.SIZES)
 STAGES = ("contrastive", "highres")
 
 _PEAK = {
-    "tiny": 2e-3, "tiny64": 2e-3,
+    "tiny": 2e-3, "tiny64": 1e-3,
     "b32": 5e-4, "b16": 5e-4, "l14": 4e-4, "l14_336": 2e-5,
 }  # fmt: skip
 # In how many parts the towers see a batch of 32,768; so many that 16 chips of
@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.batch_size, config.warmup = 128, 100
     config.steps = 2400
     if arg.size == "tiny64":
-      config.batch_size, config.steps = 64, 1200
+      config.batch_size, config.steps = 64, 800
     adam = dict(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1)
     # Not in the paper: the mean of the last steps reads new hands better.
     config.shadow, config.eval_shadow = ((".*", 0.995),), True
@@ -82,14 +82,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _import(size: str, path: str) -> dict[str, Any]:
-  """All of a run, or what a tower of scenes takes from one of single digits."""
+  """All of a run, or of one of single digits for a tower of scenes."""
   if size != "tiny64":
     return dict(type="mmjax.train.imports:from_checkpoint", path=path)
   return dict(
       type="mmjax.train.imports:from_part",
       path=path,
-      # Digits are as large as before, in pixels; there are more of them.
-      resample="tile",
       longer="text/position/table",
   )
 

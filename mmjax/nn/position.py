@@ -29,17 +29,14 @@ def resampling_matrix(old: int, new: int, method: str) -> np.ndarray:
     old: number of samples given.
     new: number of samples wanted.
     method: "zoom", linear with the corner samples aligned, as the official ViT
-      code resamples positions (`scipy.ndimage.zoom`, order 1); "bicubic",
+      code resamples positions (`scipy.ndimage.zoom`, order 1); or "bicubic",
       cubic with half-pixel centres and clamped borders, as PyTorch and so
-      Hugging Face's ViT and CLIP do; or "tile", the old grid again and again,
-      for pictures that show more, not larger.
+      Hugging Face's ViT and CLIP do.
 
   Raises:
     ValueError: for another method.
   """
   index = np.arange(new, dtype=np.float64)
-  if method == "tile":
-    return np.eye(old)[np.arange(new) % old]
   if method == "zoom":
     centre = index * ((old - 1) / (new - 1) if new > 1 else 0.0)
     taps, kernel = np.arange(0, 2), _linear
@@ -47,9 +44,7 @@ def resampling_matrix(old: int, new: int, method: str) -> np.ndarray:
     centre = (index + 0.5) * (old / new) - 0.5
     taps, kernel = np.arange(-1, 3), _cubic
   else:
-    raise ValueError(
-        f"resampling {method!r}: expected 'zoom', 'bicubic' or 'tile'"
-    )
+    raise ValueError(f"resampling {method!r}: expected 'zoom' or 'bicubic'")
   source = np.floor(centre)[:, None].astype(int) + taps
   matrix = np.zeros((new, old))
   rows = np.broadcast_to(np.arange(new)[:, None], source.shape)

@@ -71,7 +71,7 @@ def from_checkpoint(
   if donor.layout is not None:
     _check_fields(system, donor.system, folder)
   select = _Selection(abstract, donor.shapes, skip, donor.where)
-  return select.finish(donor.read(select.asked()), _resampling(system))
+  return select.finish(donor.read(select.asked()), system)
 
 
 def from_part(
@@ -84,7 +84,6 @@ def from_part(
     skip: str | None = None,
     deeper: str | None = None,
     longer: str | None = None,
-    resample: str | None = None,
     step: int | None = None,
 ) -> Params:
   """Takes a part of another system: CLIP's tower for LLaVA, a trained decoder.
@@ -104,12 +103,11 @@ def from_part(
       which the first are taken.
     longer: pattern of tables here that may have more rows (a head: columns)
       than there; each of those behind becomes the mean of the others.
-    resample: method of `nn.position` for position tables of another grid; by
-      default that of the part.
     step: of a run's checkpoint; the newest by default.
 
   Returns:
-    path -> array, for all paths below `target` that `skip` does not match.
+    path -> array, for all paths below `target` that `skip` does not match;
+    position tables of another grid of patches are resampled.
 
   Raises:
     FileNotFoundError: if there is no such run or directory.
@@ -150,9 +148,7 @@ def from_part(
   there = {path: source + path[len(target) :] for path in select.wanted}
   read = donor.read({there[p]: leaf for p, leaf in select.asked().items()})
   found = {path: read[name] for path, name in there.items()}
-  if resample is None:
-    resample = _resampling(_part(system, target))
-  return select.finish(found, resample)
+  return select.finish(found, _part(system, target))
 
 
 class _Donor(NamedTuple):
@@ -330,19 +326,15 @@ class _Selection:
         for path, leaf in self.wanted.items()
     }
 
-  def finish(self, found: Params, method: str) -> Params:
-    """What was read, in our shapes; `method` resamples grids."""
+  def finish(self, found: Params, system: Any) -> Params:
+    """What was read, in our shapes; `system` knows how to resample grids."""
+    method = getattr(system, "resample", "bicubic")
     done = {path: found[path] for path in self.wanted}
     for path, grid in self.grids.items():
       done[path] = _resample(found[path], self.wanted[path], *grid, method)
     for path in self.rows:
       done[path] = _refit(found[path], self.wanted[path])
     return done
-
-
-def _resampling(system: Any) -> str:
-  """How a system resamples its position tables."""
-  return getattr(system, "resample", "bicubic")
 
 
 def _matcher(pattern: str | None) -> Callable[[str], Any]:
