@@ -176,8 +176,7 @@ def _save(bands: Sequence[Image.Image], path: str | pathlib.Path) -> None:
   for band in bands:
     page.paste(band, (0, top))
     top += band.height
-  # A palette: half the bytes, and no difference that is seen.
-  page.quantize(256).save(path, optimize=True)
+  page.save(path, optimize=True)
 
 
 def _band(
