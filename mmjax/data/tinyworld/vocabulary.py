@@ -54,6 +54,8 @@ def _texts() -> Iterator[str]:
       for turn in source.conversation(index):
         yield turn.text.removeprefix(f"{templates.IMAGE}\n")
   for template in templates.TEMPLATES.values():
+    if not template.picture:
+      continue  # No words of its own; ids follow how often a text comes.
     yield template.system
     for parts in (*template.before.values(), *template.after.values()):
       yield from (p for p in parts if not isinstance(p, templates.Special))
