@@ -172,7 +172,6 @@ def test_export_is_read_back(name, tmp_path):
 def test_writing_is_that_of_the_official_code(name):
   system, variables, arrays = golden(name)
   written = arrays["write.tokens"][0]
-  count = int((written == 39).argmax())
   tokens = np.concatenate(
       [np.zeros(system.slots, int), arrays["in.tokens"][0, :3], written]
   )
@@ -189,14 +188,22 @@ def test_writing_is_that_of_the_official_code(name):
   close(logits[:, :39], arrays["write.logits"][0, :, :39])
   close(logits[2:, 39], arrays["write.logits"][0, 2:, 39])
   close(output.text[:, :-1], arrays["write.embedding"])
-  # The same with a cache, up to the first picture, which is the nearest.
+
+
+def test_words_come_before_the_first_picture():
+  system, variables, arrays = golden("fromage_one")
+  written = arrays["write.tokens"][0]
+  count = int((written == 39).argmax())
+  tokens = np.concatenate([[0], arrays["in.tokens"][0, :3]])
+  prompt = Prompt(tokens, np.array([0, -1, -1, -1]), arrays["in.image"][:1])
   dialogue = Dialogue(system, variables, arrays["in.image"])
-  prompt = Prompt(tokens[:begin], source[:begin], image)
   style = Style(Decoding(12), ret_scale=1.3, min_words=2)
-  said = dialogue.answer(prompt, style)
-  at = begin + count
-  nearest = (arrays["text.seen"] @ np.array(output.text[0, at])).argmax()
-  assert said == [Said(written[:count].tolist(), int(nearest))]
+  # The nearest to what is looked for where [RET] stands.
+  query = arrays["write.embedding"][0, len(tokens) + count]
+  nearest = int((arrays["text.seen"] @ query).argmax())
+  assert dialogue.answer(prompt, style) == [
+      Said(written[:count].tolist(), nearest)
+  ]
 
 
 def test_pictures_are_shown_once_and_read():
