@@ -205,8 +205,9 @@ def test_only_answers_count():
   weight[0, 70:74], weight[1, 78:] = 1, 1
   batch = dict(image=image, tokens=tokens, source=source, weight=weight)
   context = Context(jnp.int32(0), jax.random.key(0), None)
-  terms, mutables = llava.answer(system, variables, batch, context)
-  logits, _ = system.apply(variables, image, tokens, source)
+  answer = jax.jit(lambda *args: llava.answer(system, *args, context))
+  terms, mutables = answer(variables, batch)
+  logits, _ = jax.jit(system.apply)(variables, image, tokens, source)
   log_probs = jax.nn.log_softmax(logits[:, :-1])
   chosen = jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
   (name,) = [name for name in terms if name != "accuracy"]

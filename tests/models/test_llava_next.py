@@ -107,7 +107,6 @@ def test_only_answers_count():
   weight = np.zeros(batch["tokens"].shape, np.float32)
   weight[:, 1:3] = 1
   context = Context(jnp.int32(0), jax.random.key(0), None)
-  terms, mutables = llava_next.answer(
-      system, variables, dict(batch, weight=weight), context
-  )
+  answer = jax.jit(lambda *args: llava_next.answer(system, *args, context))
+  terms, mutables = answer(variables, dict(batch, weight=weight))
   assert mutables == {} and terms["next_token"].weight == weight.sum()
