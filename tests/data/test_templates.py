@@ -208,8 +208,10 @@ def test_text_that_spells_a_token_is_text():
   assert TOKENIZER.decode(answer) == "<|im_start|>"
 
 
+# White space at the border of two texts may become one token with both, which is
+# then learned whole.
 WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
-    lambda text: not text[0].isspace() and "<image>" not in text
+    lambda text: text == text.strip() and "<image>" not in text
 )
 
 
@@ -252,7 +254,9 @@ def test_only_answers_and_their_ends_are_learned(exchanges, name, images):
     assert all(run[-1] == TOKENIZER.special(part) for run in learned)
   # The pictures, in order.
   rows = document.source[document.source >= 0]
-  assert rows.tolist() == list(range(3 * images))
+  # A template without a picture's tokens has no places for it either.
+  shown = images if template.picture else 0
+  assert rows.tolist() == list(range(3 * shown))
   # A prompt is what training showed before the last answer.
   row = write.prompt(turns[:-1], images)
   prompt = row["tokens"][row["segment"] == 1].tolist()
