@@ -208,8 +208,8 @@ def test_text_that_spells_a_token_is_text():
   assert TOKENIZER.decode(answer) == "<|im_start|>"
 
 
-# White space at the border of two texts may become one token with both, which is
-# then learned whole.
+# White space at the border of two texts may become one token with both, which
+# is then learned whole.
 WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
     lambda text: text == text.strip() and "<image>" not in text
 )
