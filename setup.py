@@ -44,6 +44,8 @@ setuptools.setup(
     extras_require={
         # Reads Parquet, TFDS directories and sounds.
         "data": ["pyarrow", "soundfile", "soxr", "tensorflow-datasets>=4.9.10"],
+        # Scores captions by their overlap.
+        "captions": ["pycocoevalcap", "sacrebleu"],
         # Reads videos.
         "video": ["av"],
         "test": [
@@ -51,7 +53,7 @@ setuptools.setup(
             "ipykernel",
             "jsonschema",
             "matplotlib",
-            "mmjax[data,video]",
+            "mmjax[captions,data,video]",
             "nbclient",
             "pytest",
             "pytest-timeout",

@@ -126,6 +126,7 @@ SCORES: dict[str, Callable[..., dict[str, float]]] = {
     "scene": captions.scene,
     "look": captions.look,
     "bleu": captions.bleu,
+    "cider": captions.cider,
 }
 
 

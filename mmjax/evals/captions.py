@@ -1,6 +1,8 @@
 """How much of a caption is right? By what TinyWorld reads, and by overlap."""
 
 from collections.abc import Sequence
+import importlib
+from typing import Any
 
 import numpy as np
 
@@ -52,11 +54,32 @@ def bleu(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
   Raises:
     ValueError: if sacrebleu is not there.
   """
-  try:
-    import sacrebleu
-  except ImportError as error:
-    raise ValueError(
-        "the score 'bleu' needs sacrebleu: pip install sacrebleu"
-    ) from error
+  sacrebleu = _library("sacrebleu", "bleu")
   found = sacrebleu.corpus_bleu(list(written), [list(wanted)])
   return {"bleu": float(found.score)}
+
+
+def cider(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+  """CIDEr-D (Vedantam et al. 2015) over the set, 0 to 10, by pycocoevalcap.
+
+  Words are what stands between spaces, in lower case; how rare one is says the
+  set of wanted captions.
+
+  Raises:
+    ValueError: if pycocoevalcap is not there.
+  """
+  scorer = _library("pycocoevalcap.cider.cider", "cider").Cider()
+  split = lambda texts: {i: [t.lower()] for i, t in enumerate(texts)}
+  score, _ = scorer.compute_score(split(wanted), split(written))
+  return {"cider": float(score)}
+
+
+def _library(name: str, score: str) -> Any:
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    package = name.partition(".")[0]
+    raise ValueError(
+        f"the score '{score}' needs {package}: pip install {package}, or "
+        'pip install "mmjax[captions]"'
+    ) from error

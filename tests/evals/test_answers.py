@@ -1,5 +1,7 @@
 """Greedy answers: written by a system that is known, and scored."""
 
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -187,3 +189,22 @@ def test_looks_are_scored_where_they_are_named():
   )
   look = text.Look(size=1, colour=2, digit=3, ground=0)
   assert text.read_look(text.digit_caption(look)) == look._asdict()
+
+
+def test_overlap_of_captions_is_that_of_the_papers():
+  found = captions.bleu(["a b c d e"], ["a b c d f"])
+  # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples, 1 of 2 fours.
+  assert found["bleu"] == pytest.approx(100 * 0.2**0.25, rel=1e-5)
+  assert captions.bleu(["a b c d"], ["a b c d"])["bleu"] == pytest.approx(100)
+  # All words are equally rare. Of the first, the single words agree by half; of
+  # the second, single words and pairs in full; none has three words.
+  found = captions.cider(["a x", "C d"], ["a b", "c d"])
+  assert found["cider"] == pytest.approx(10 * (0.5 / 4 + 2 / 4) / 2)
+
+
+@pytest.mark.parametrize("score", ["bleu", "cider"])
+def test_a_score_without_its_library_says_what_to_install(score, monkeypatch):
+  for name in ("sacrebleu", "pycocoevalcap.cider.cider"):
+    monkeypatch.setitem(sys.modules, name, None)
+  with pytest.raises(ValueError, match=f"'{score}' needs .*pip install"):
+    getattr(captions, score)(["a"], ["a"])
