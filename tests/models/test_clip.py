@@ -13,6 +13,7 @@ from mmjax.train import optim
 
 PARAMETERS = {
     "tiny": 644_801,
+    "tiny64": 650_945,
     "b32": 151_277_313,
     "b16": 149_620_737,
     "l14": 427_616_513,
