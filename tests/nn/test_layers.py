@@ -28,6 +28,7 @@ def test_activations_follow_their_formulas():
       "gelu_pytorch_tanh": tanh,
       "quick_gelu": x / (1 + np.exp(-1.702 * x)),
       "relu": np.maximum(x, 0),
+      "relu2": np.maximum(x, 0) ** 2,
       "silu": x / (1 + np.exp(-x)),
       "tanh": np.tanh(x),
   }
