@@ -1,6 +1,8 @@
 """Every test sees eight CPU devices; most use only the first."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -10,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     # The tests compile much and compute little.
     + " --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
     # With it XLA:CPU may start collectives on its fake devices in different
     # orders, and wait for ever.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -18,6 +21,19 @@ os.environ["XLA_FLAGS"] = (
 # come to it. As many threads as cores are too few: those that wait keep out
 # those that are waited for.
 os.environ["NPROC"] = "64"
+
+# What one test has compiled, a resumed run and another process need not.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_OWN_CACHE = _CACHE not in os.environ
+if _OWN_CACHE:
+  os.environ[_CACHE] = tempfile.mkdtemp(prefix="mmjax-programs-")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
+def pytest_unconfigure():
+  """The workers of a run share the cache of the process that started them."""
+  if _OWN_CACHE:
+    shutil.rmtree(os.environ[_CACHE], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

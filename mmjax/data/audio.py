@@ -231,6 +231,16 @@ def whisper_mel(audio: np.ndarray, bands: int = 80) -> np.ndarray:
 def resample(audio: np.ndarray, old: int, new: int) -> np.ndarray:
   """Another sampling rate, band-limited: f32[ceil(S * new / old)]."""
   common = math.gcd(old, new)
+  up, down = new // common, old // common
+  if up == down:
+    return audio.astype(np.float32)
   return signal.resample_poly(
-      audio.astype(np.float32, copy=False), new // common, old // common
+      audio.astype(np.float32, copy=False), up, down, window=_lowpass(up, down)
   ).astype(np.float32)
+
+
+@functools.cache
+def _lowpass(up: int, down: int) -> np.ndarray:
+  """The filter that `resample_poly` would design anew for each signal."""
+  widest = max(up, down)
+  return signal.firwin(20 * widest + 1, 1 / widest, window=("kaiser", 5.0))

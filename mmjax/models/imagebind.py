@@ -365,8 +365,8 @@ class ImageBind(nn.Module):
   def __call__(
       self,
       image: jax.Array | None = None,
-      video: jax.Array | None = None,
       tokens: jax.Array | None = None,
+      video: jax.Array | None = None,
       mel: jax.Array | None = None,
       depth: jax.Array | None = None,
       thermal: jax.Array | None = None,
@@ -379,8 +379,8 @@ class ImageBind(nn.Module):
 
     Args:
       image: f32[B, H, W, 3].
-      video: f32[B, F, H, W, 3].
       tokens: i32[B, L].
+      video: f32[B, F, H, W, 3].
       mel: f32[B, M, mels].
       depth: f32[B, H, W].
       thermal: f32[B, H, W].

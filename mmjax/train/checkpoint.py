@@ -43,6 +43,27 @@ FREE_KEYS = (
 _DRAFT = ".orbax-checkpoint-tmp"
 
 
+# Replicas share the writing of an array where each has that many bytes of it.
+_SLICE = 2**20
+
+
+def _handlers() -> Any:
+  """How leaves of the state are written.
+
+  By default the library cuts every array, however small, into a slice for each
+  replica, and compiles a program for each cut: the first save took longer than
+  the compilation of the step.
+  """
+  kinds = ocp.type_handlers
+  return kinds.create_type_handler_registry(
+      (np.ndarray, kinds.NumpyHandler()),
+      (
+          jax.Array,
+          kinds.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE),
+      ),
+  )
+
+
 # --- the run directory --------------------------------------------------------
 
 
@@ -198,7 +219,9 @@ class Checkpoints:
             ),
         ),
         item_handlers={
-            "state": ocp.PyTreeCheckpointHandler(),
+            "state": ocp.PyTreeCheckpointHandler(
+                type_handler_registry=_handlers()
+            ),
             "data": ocp.JsonCheckpointHandler(),
             "facts": ocp.JsonCheckpointHandler(),
         },
