@@ -53,7 +53,7 @@ def test_an_utterance_is_the_same_in_any_order_thread_and_process():
 
 def test_words_and_phonemes_lie_where_they_are_heard():
   found = speak("the digit three, is red.", VOICE)
-  assert found.audio.dtype == np.float32 and not found.audio.flags.writeable
+  assert found.audio.dtype == np.float32 and not found.samples.flags.writeable
   assert 0.1 < np.abs(found.audio).max() <= 1
   words = [word.text for word in found.words]
   assert words == ["the", "digit", "three", "is", "red"]
