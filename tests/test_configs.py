@@ -61,7 +61,24 @@ def test_text_is_golden(module, size, stage):
   assert text == path.read_text(), "MMJAX_UPDATE_GOLDEN=1 rewrites the texts"
 
 
-@pytest.mark.parametrize("module,size,stage", variants())
+def planned():
+  """All variants; between a stage's first and last size they are slow."""
+  found = variants()
+  sizes = {}
+  for variant in found:
+    module, size, stage = variant.values
+    sizes.setdefault((module.__file__, stage), []).append(size)
+  for number, variant in enumerate(found):
+    module, size, stage = variant.values
+    own = sizes[module.__file__, stage]
+    if size not in (own[0], own[-1]):
+      found[number] = pytest.param(
+          *variant.values, id=variant.id, marks=pytest.mark.slow
+      )
+  return found
+
+
+@pytest.mark.parametrize("module,size,stage", planned())
 def test_plan_fits_a_pod_and_shards_every_large_leaf(module, size, stage):
   """Nothing is allocated: rules, keys, shapes, mesh and shards are checked."""
   config = module.get_config(f"size={size},stage={stage}")
