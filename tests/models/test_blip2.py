@@ -290,7 +290,9 @@ def drawn():
 
 def test_soft_prompts_stand_in_their_places():
   system, variables, batch = drawn()
-  run = lambda method, *args: system.apply(variables, *args, method=method)
+  run = lambda method, *args: jax.jit(
+      functools.partial(system.apply, method=method)
+  )(variables, *args)
   found = run("embeddings", *(batch[k] for k in ("image", "tokens", "source")))
   prompts = run("encode", batch["image"])
   np.testing.assert_array_equal(found[0, :8], prompts[0])
@@ -326,8 +328,10 @@ def certain(name):
 def test_objectives_count_what_is_to_be_written():
   system, variables, batch = certain("blip2_opt")
   batch = dict(batch, weight=np.float32(np.arange(9) > 6) * np.ones((2, 1)))
-  terms, _ = blip2.describe(system, variables, batch, CONTEXT)
-  logits, _ = system.apply(
+  terms, _ = jax.jit(functools.partial(blip2.describe, system))(
+      variables, batch, CONTEXT
+  )
+  logits, _ = jax.jit(system.apply)(
       variables, *(batch[k] for k in ("image", "tokens", "source"))
   )
   log_probs = jax.nn.log_softmax(logits)
@@ -342,8 +346,10 @@ def test_objectives_count_what_is_to_be_written():
   batch["segment"][0, 6:] = 0
   behind = np.arange(6) >= [[6], [4]]
   batch["targets"] = np.where(behind, -1, batch["targets"])
-  terms, _ = blip2.go_on(system, variables, batch, CONTEXT)
-  log_probs = jax.nn.log_softmax(system.apply(variables, **batch))
+  terms, _ = jax.jit(functools.partial(blip2.go_on, system))(
+      variables, batch, CONTEXT
+  )
+  log_probs = jax.nn.log_softmax(jax.jit(system.apply)(variables, **batch))
   chosen = np.take_along_axis(
       np.asarray(log_probs), np.maximum(batch["targets"], 0)[..., None], axis=-1
   )[..., 0]

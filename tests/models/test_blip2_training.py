@@ -30,6 +30,7 @@ def planned(config):
   return make_plan(config, sharding.make_mesh({}, jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_bit_by_bit():
   config = small(stage="decode")
   plan = planned(config)
@@ -76,6 +77,7 @@ def flat(variables):
   return traverse_util.flatten_dict(variables["params"], sep="/")
 
 
+@pytest.mark.slow
 def test_stages_hand_on_what_they_have_learned(tmp_path):
   nothing = lambda system, abstract: {}
   first, second = str(tmp_path / "first"), str(tmp_path / "second")

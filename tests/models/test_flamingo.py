@@ -128,8 +128,9 @@ def drawn(depth=5, every=2, first=0, **changes):
 
 def test_new_gates_leave_the_decoder_as_it_is():
   system, fresh, _, images, tokens, media = drawn()
-  logits, _ = system.apply(fresh, images, tokens, media)
-  alone, _ = system.llm.apply({"params": fresh["params"]["llm"]}, tokens)
+  logits, _ = jax.jit(system.apply)(fresh, images, tokens, media)
+  llm = {"params": fresh["params"]["llm"]}
+  alone, _ = jax.jit(system.llm.apply)(llm, tokens)
   np.testing.assert_allclose(logits, alone, atol=1e-5)
 
 
@@ -143,9 +144,8 @@ def layer(stack, number):
 def test_groups_are_layers_one_after_the_other(depth, every, first):
   """Against each layer applied by itself, in the order of the paper."""
   system, _, variables, images, tokens, media = drawn(depth, every, first)
-  found, _ = system.apply(
-      variables, images, tokens, media, method="hidden_states"
-  )
+  hidden = jax.jit(functools.partial(system.apply, method="hidden_states"))
+  found, _ = hidden(variables, images, tokens, media)
   params = variables["params"]
   bound = system.bind(variables)
   pictures = bound.encode(images).reshape(2, -1, 96)
@@ -257,11 +257,12 @@ def test_gradients_reach_the_new_parts_alone_when_gates_open():
     logits, _ = system.apply({"params": params}, images, tokens, media)
     return jnp.square(logits).mean()
 
-  grads = jax.grad(loss)(fresh["params"])
+  gradient = jax.jit(jax.grad(loss))
+  grads = gradient(fresh["params"])
   # A shut gate learns to open before what is behind it learns.
   assert float(jnp.abs(grads["gates"]["attention_gate"]).min()) > 0
   assert float(jnp.abs(grads["resampler"]["latents"]).max()) == 0
-  grads = jax.grad(loss)(variables["params"])
+  grads = gradient(variables["params"])
   assert float(jnp.abs(grads["resampler"]["latents"]).max()) > 0
 
 
