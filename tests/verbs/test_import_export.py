@@ -72,9 +72,12 @@ def test_another_network_is_refused(tmp_path, capsys):
   assert "config.system.mlp: 100 there, 384 here" in error
 
 
-def test_systems_counts_what_the_configs_describe(tmp_path, capsys):
-  # All of them would take half a minute.
-  shutil.copy(ROOT / "configs" / "clip.py", tmp_path)
+@pytest.mark.parametrize(
+    "files", ["clip.py", pytest.param("*.py", marks=pytest.mark.slow)]
+)
+def test_systems_counts_what_the_configs_describe(files, tmp_path, capsys):
+  for path in (ROOT / "configs").glob(files):
+    shutil.copy(path, tmp_path)
   assert main(["systems", "--configs", str(tmp_path)]) == 0
   lines = capsys.readouterr().out.splitlines()
   row = next(line.split() for line in lines if line.startswith("clip  ") and
