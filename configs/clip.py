@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.batch_size, config.warmup = 128, 100
     config.steps = 2400
     if arg.size == "tiny64":
-      config.batch_size, config.steps = 64, 800
+      config.batch_size, config.steps = 64, 6000
     adam = dict(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1)
     # Not in the paper: the mean of the last steps reads new hands better.
     config.shadow, config.eval_shadow = ((".*", 0.995),), True

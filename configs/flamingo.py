@@ -45,8 +45,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg.size == "tiny":
     sets = (*sets, "episodes")
     config.weights.next_token_episodes = 1.0
-    config.batch_size, config.steps = 32, 1600
-    config.lr, config.warmup = 3e-3, 100
+    config.batch_size, config.steps = 32, 3000
+    config.lr, config.warmup = 1e-3, 100
   else:
     # Constant after the warm-up. The batch is that of the documents' rows,
     # which hold several captions each.
@@ -58,7 +58,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       sets=sets,
       chunks=1 if arg.size == "tiny" else 8,
   )
+  # A tiny one opens its gates in hundreds of steps, not in many thousands.
+  gates = ("gates/.*_gate", _adam(config, 0.0, arg.size, 20))
   config.optim = (
+      *((gates,) if arg.size == "tiny" else ()),
       ("resampler/.*", _adam(config, 0.0, arg.size)),
       ("gates/.*", _adam(config, 0.1, arg.size)),
       (".*", None),
@@ -69,12 +72,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _adam(
-    config: ml_collections.ConfigDict, decay: float, size: str
+    config: ml_collections.ConfigDict, decay: float, size: str, factor: int = 1
 ) -> dict[str, Any]:
   """AdamW, whose decay only the gated blocks know (appendix B.1.3)."""
   schedule = dict(
       type="mmjax.train.optim:cosine",
-      peak=config.get_ref("lr"),
+      peak=config.get_ref("lr") * factor,
       steps=config.get_ref("steps"),
       warmup=config.get_ref("warmup"),
   )
@@ -121,10 +124,15 @@ def _scale(config: ml_collections.ConfigDict) -> None:
 def _data(config: ml_collections.ConfigDict, size: str) -> None:
   """TinyWorld's documents, captions and episodes, at any size."""
   length = 64 if size == "tiny" else 256
+  template = dict(name="flamingo")
+  if size == "tiny":
+    # A text right behind its picture: what a tiny decoder can look up is what
+    # stood next to it.
+    template |= dict(before={}, answer="")
   formatter = dict(
       type="mmjax.data.templates:Formatter",
       tokenizer=dict(type="mmjax.data.subwords:load"),
-      template="flamingo",
+      template=dict(type="mmjax.data.templates:load", **template),
       length=length,
   )
 

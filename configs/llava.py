@@ -19,7 +19,7 @@ STAGES = ("align", "finetune")
 
 # (pictures, batch, peak learning rate) of each stage, by version.
 _RECIPES = {
-    "tiny": dict(align=(38_400, 32, 2e-3), finetune=(64_000, 32, 1e-3)),
+    "tiny": dict(align=(153_600, 128, 2e-3), finetune=(768_000, 128, 2e-3)),
     "v1": dict(align=(595_375, 128, 2e-3), finetune=(3 * 157_712, 32, 2e-5)),
     "v1.5": dict(align=(558_128, 256, 1e-3), finetune=(665_298, 128, 2e-5)),
 }
@@ -37,7 +37,7 @@ _TALK: dict[str, tuple[tuple[dict[str, Any], float], ...]] = {
     "finetune": (
         (dict(_QUESTIONS, exchanges=4), 3.0),
         (dict(type="Dialogues"), 0.5),
-        (_CAPTIONS, 0.5),
+        (_CAPTIONS, 1.0),
     ),
 }
 
@@ -147,7 +147,7 @@ def _data(config: ml_collections.ConfigDict, arg: Any) -> None:
       ),
       captions=dict(
           type="mmjax.evals.answers:Answers",
-          source=written(_CAPTIONS | test, dict(name="plain"), patches + 8),
+          source=written(_CAPTIONS | test, template, patches + 32),
           scores=("scene",),
           examples=256,
           max_new=48,

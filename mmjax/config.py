@@ -164,6 +164,8 @@ def base() -> ml_collections.ConfigDict:
           seed=0,
           # What it is fed: ({"source": {...}, "weight": 1.0}, ...).
           streams=(),
+          # Processes that prepare batches (0: this one), and threads of each.
+          loader_workers=0,
           loader_threads=2,
           # Where it runs: sizes of the mesh axes; -1 takes what is left.
           mesh=dict(data=-1, fsdp=1, tensor=1, context=1),

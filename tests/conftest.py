@@ -6,17 +6,18 @@ import tempfile
 
 import pytest
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    # The tests compile much and compute little.
-    + " --xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false"
-    # With it XLA:CPU may start collectives on its fake devices in different
-    # orders, and wait for ever.
-    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-)
+# On a GPU only what asks for one is run: `tests/kernels/test_on_gpu.py`.
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+  os.environ["XLA_FLAGS"] = (
+      os.environ.get("XLA_FLAGS", "")
+      + " --xla_force_host_platform_device_count=8"
+      # The tests compile much and compute little.
+      + " --xla_backend_optimization_level=0"
+      + " --xla_cpu_use_fusion_emitters=false"
+      # With it XLA:CPU may start collectives on its fake devices in different
+      # orders, and wait for ever.
+      + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+  )
 # A collective holds a thread of XLA's pool on every fake device until all have
 # come to it. As many threads as cores are too few: those that wait keep out
 # those that are waited for.

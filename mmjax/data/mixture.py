@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 
+from absl import flags
 import grain
 import numpy as np
 
@@ -59,9 +60,10 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
+    workers: int = 0,
     prefetch: int = 4,
     start: int = 0,
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+) -> "grain.DatasetIterator[dict[str, np.ndarray]] | _FromWorkers":
   """An endless iterator of this process's rows of the global batches.
 
   Args:
@@ -71,12 +73,14 @@ def batches(
     process_index: this process, p of P; it gets rows `[p*B/P, (p+1)*B/P)`.
     process_count: P.
     threads: threads that prepare batches; 0 prepares them in the caller's.
-    prefetch: batches prepared ahead, at most.
+    workers: operating-system processes that prepare them, each with so many
+      threads; 0 prepares them in this one. Batches are the same for any number.
+    prefetch: batches prepared ahead, at most; by each worker.
     start: global batches to skip.
 
   Returns:
-    A Grain iterator. `get_state()` is the number of batches taken, the same in
-    every process; `set_state` continues from it, under any `process_count`.
+    An iterator. `get_state()` is the number of batches taken, the same in every
+    process; `set_state` continues from it, under any `process_count`.
 
   Raises:
     ValueError: one message with everything that is wrong with the arguments.
@@ -98,7 +102,11 @@ def batches(
   options = grain.ReadOptions(
       num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
   )
-  iterator = iter(mine.to_iter_dataset(options))
+  iterator = (
+      _FromWorkers(mine, options, workers, prefetch)
+      if workers
+      else iter(mine.to_iter_dataset(options))
+  )
   if start:
     iterator.set_state({"next_index": start})
   return iterator
@@ -140,6 +148,59 @@ def eval_batches(
       yield batch
 
   return generate()
+
+
+class _FromWorkers:
+  """Batches that other processes prepare, in the order of one.
+
+  The state of Grain's own iterator counts what each worker has done; any number
+  of workers can go on from this one's.
+  """
+
+  def __init__(
+      self,
+      rows: grain.MapDataset[dict[str, np.ndarray]],
+      options: grain.ReadOptions,
+      workers: int,
+      prefetch: int,
+  ) -> None:
+    self._rows = rows
+    self._options = options
+    self._processes = grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=max(1, prefetch)
+    )
+    self._taken = 0
+    self._iterator: Iterator[dict[str, np.ndarray]] | None = None
+
+  def __iter__(self) -> "_FromWorkers":
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    if self._iterator is None:
+      # Grain reads its flags where it starts processes; a library has none.
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+      rest = self._rows.slice(slice(self._taken, None))
+      dataset = rest.to_iter_dataset(self._options)
+      self._iterator = iter(dataset.mp_prefetch(self._processes))
+    batch = next(self._iterator)
+    self._taken += 1
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """How many batches have been taken."""
+    return {"next_index": self._taken}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes to where so many have been taken; begins with new workers."""
+    self.close()
+    self._taken = state["next_index"]
+
+  def close(self) -> None:
+    """Ends the workers."""
+    if self._iterator is not None:
+      self._iterator.close()
+    self._iterator = None
 
 
 class _Reader:

@@ -85,7 +85,7 @@ SIZES: dict[str, dict[str, Any]] = {
             image=(64, 64), patch=8, width=96, depth=3, heads=3, mlp=384,
         ),
         qformer=_QFORMER | dict(
-            queries=8, width=96, depth=4, heads=4, mlp=384, vocab=1025,
+            queries=16, width=96, depth=4, heads=4, mlp=384, vocab=1025,
             length=40,
         ),
         embed=64,

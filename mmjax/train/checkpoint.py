@@ -34,6 +34,7 @@ FREE_KEYS = (
     "evals",
     "keep_checkpoints",
     "loader_threads",
+    "loader_workers",
     "log_every",
     "mesh",
     "rewind",

@@ -39,8 +39,8 @@ def process_share(mesh: Any, rows: int) -> tuple[int, int]:
   return shares.index(own), len(shares)
 
 
-def make_iterator(plan: Plan, threads: int) -> Any:
-  """This process's rows of a plan's batches, prepared in so many threads."""
+def make_iterator(plan: Plan, threads: int, workers: int = 0) -> Any:
+  """This process's rows of a plan's batches; see `mixture.batches`."""
   index, count = process_share(plan.mesh, plan.stage.batch_size)
   return mixture.batches(
       plan.streams,
@@ -49,6 +49,7 @@ def make_iterator(plan: Plan, threads: int) -> Any:
       process_index=index,
       process_count=count,
       threads=threads,
+      workers=workers,
   )
 
 
@@ -79,6 +80,10 @@ class Feed:
     """The loaded batch, and the iterator's state behind it."""
     taken, self._ahead = self._ahead, None
     return taken
+
+  def close(self) -> None:
+    """Ends what prepares batches ahead."""
+    self._iterator.close()
 
   def seek(self, batches: int) -> None:
     """Goes to where so many global batches have been taken."""

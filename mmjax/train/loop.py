@@ -263,7 +263,9 @@ def _fit(
   plan = run.plan
   if start == plan.stage.steps:
     return state
-  iterator = feed.make_iterator(plan, run.config["loader_threads"])
+  iterator = feed.make_iterator(
+      plan, run.config["loader_threads"], run.config["loader_workers"]
+  )
   source = feed.Feed(iterator, plan.batch)
   begin = time.perf_counter()
   step_fn = make_step(plan.stage, plan.state, plan.mesh)
@@ -273,7 +275,10 @@ def _fit(
     checkpoint.write_json(
         run.folder / "config.json", checkpoint.resolved(run.config)
     )
-  with Stopper(plan.mesh, IN_FLIGHT) as stopper:
+  with (
+      contextlib.closing(source),
+      Stopper(plan.mesh, IN_FLIGHT) as stopper,
+  ):
     while True:
       source.seek(batches)
       source.load()

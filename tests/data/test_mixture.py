@@ -1,7 +1,9 @@
 """The order of examples: shuffled, mixed, split, resumed."""
 
 import collections
+import contextlib
 import itertools
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -204,3 +206,26 @@ def test_a_bad_evaluation_fails_before_its_first_batch():
     mixture.eval_batches(Numbers(0, 0), 4)
   with pytest.raises(ValueError, match="multiple of the 3 processes"):
     mixture.eval_batches(Numbers(0, 5), 4, 0, 3)
+
+
+def test_workers_prepare_the_same_batches():
+  streams = [Stream(Numbers(0, 10), 2.0), Stream(Numbers(100, 7))]
+  alone = mixture.batches(streams, batch_size=4, seed=3, threads=0, start=2)
+  helped = mixture.batches(streams, batch_size=4, seed=3, workers=2, start=2)
+  with contextlib.closing(helped):
+    assert take(helped, 5) == take(alone, 5)
+    assert helped.get_state() == alone.get_state() == {"next_index": 7}
+    for iterator in (alone, helped):
+      iterator.set_state({"next_index": 3})
+    assert take(helped, 3) == take(alone, 3)
+
+
+def test_a_dead_worker_ends_the_reading():
+  streams = [Stream(Numbers(0, 10))]
+  batches = mixture.batches(streams, batch_size=4, seed=0, workers=1)
+  with contextlib.closing(batches):
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(RuntimeError, match="(?i)worker"):
+      take(batches, 50)

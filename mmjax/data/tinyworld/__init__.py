@@ -23,7 +23,7 @@ from mmjax.data.tinyworld.tasks import (
     retrieval_set,
 )
 from mmjax.data.tinyworld.text import CLASSES, TEMPLATES
-from mmjax.data.tinyworld.written import Quizzes, Told
+from mmjax.data.tinyworld.written import Echoes, Quizzes, Told
 
 __all__ = [
     "CLASSES",
@@ -32,6 +32,7 @@ __all__ = [
     "CaptionedScenes",
     "Classification",
     "Dialogues",
+    "Echoes",
     "FewShot",
     "InterleavedDocuments",
     "NamedDigits",

@@ -221,8 +221,10 @@ class FewShot:
         turn = self._deck.dice(index, "order", cycle)
         digit = named[turn.sample(self._ways, self._ways)[place]]
         # The question must not be among its own examples.
-        scans = [p for p in hand.of_digit[digit] if p != question]
-        positions.append(own.choose(scans))
+        scans = hand.of_digit[digit]
+        chosen = own.below(len(scans) - (digit == asked))
+        behind = digit == asked and scans[chosen] >= question
+        positions.append(scans[chosen + behind])
       looks.append(Look.drawn(hand.labels[positions[-1]], own))
     return words, positions, looks
 

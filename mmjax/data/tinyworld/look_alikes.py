@@ -32,16 +32,21 @@ class LookAlikes:
       seed: int = 0,
       tokenizer: ClipTokenizer | None = None,
       variety: float = 1.0,
+      length: int | None = None,
   ) -> None:
-    """A source of `n` examples.
+    """A source of `n` scenes.
 
     Args:
       split: "train" or "test".
-      n: how many, a multiple of 4.
+      n: how many scenes, a multiple of 4.
       size: side of the pictures in pixels.
       seed: another seed is another set.
       tokenizer: of the captions; by default as of `tasks.CaptionedScenes`.
       variety: how far hands stray from how they wrote.
+      length: examples, by default one of each scene, with the caption that all
+        scenes of a layout have. More show every scene many times, each time in
+        another hand and in other words: of so few scenes a batch has several of
+        a family, which are hard to tell apart.
 
     Raises:
       ValueError: if an argument cannot be.
@@ -49,8 +54,9 @@ class LookAlikes:
     if n < FAMILY or n % FAMILY:
       raise ValueError(f"n={n}: expected a multiple of {FAMILY}")
     self._deck = tasks.Deck.make(
-        "look-alikes", split, size, n, seed, variety
+        "look-alikes", split, size, length or n, seed, variety
     )
+    self._reworded = length is not None
     self._size = size
     self._scenes = _families(n // FAMILY, seed)
     self._tokenizer = tokenizer or ClipTokenizer.tinyworld(
@@ -58,10 +64,10 @@ class LookAlikes:
     )
 
   def __len__(self) -> int:
-    return len(self._scenes)
+    return self._deck.length
 
   def __getitem__(self, index: int) -> Example:
-    scene, dice = self._scenes[index], self._deck.dice(index)
+    scene, dice = self.scene(index), self._deck.dice(index)
     hand = digits.hand(self._deck.split)
     positions = [dice.choose(hand.of_digit[digit]) for digit in scene.digits]
     strokes = [
@@ -77,11 +83,12 @@ class LookAlikes:
 
   def caption(self, index: int) -> str:
     """The text behind the `tokens` of an example."""
-    return text.scene_caption(self._scenes[index])
+    dice = self._deck.dice(index, "caption") if self._reworded else None
+    return text.scene_caption(self.scene(index), dice)
 
   def scene(self, index: int) -> Scene:
     """What the example shows."""
-    return self._scenes[index]
+    return self._scenes[index % len(self._scenes)]
 
 
 def _families(count: int, seed: int) -> list[Scene]:

@@ -13,7 +13,7 @@ import numpy as np
 from mmjax.data.batch import Example
 from mmjax.data.conversations import Conversations
 from mmjax.data.templates import IMAGE, Turn
-from mmjax.data.tinyworld import questions, text
+from mmjax.data.tinyworld import documents, questions, text
 from mmjax.data.tinyworld.digits import Dice, Split
 from mmjax.data.tinyworld.questions import Question
 from mmjax.data.tinyworld.text import Look, Scene
@@ -191,3 +191,57 @@ class Quizzes(_Unseen):
     if not 0 <= index < self._length:
       raise IndexError(f"index {index} of {self._length} examples")
     return Dice("quizzes", self._split, self._seed, index, *use)
+
+
+class Echoes(_Unseen):
+  """Lists of words, each of which is said again.
+
+  Nothing but what stands before tells what comes, from the first word of the
+  answer to the last: of all texts the fastest to teach a language model that it
+  can look things up there (Olsson et al. 2022, "induction heads").
+  """
+
+  def __init__(
+      self,
+      split: Split,
+      length: int = 2**20,
+      seed: int = 0,
+      words: Sequence[int] = (2, 12),
+  ) -> None:
+    """A source of `length` lists.
+
+    Args:
+      split: "train" or "test".
+      length: examples an epoch.
+      seed: another seed is other lists.
+      words: how many a list has, at least and at most.
+
+    Raises:
+      ValueError: if an argument cannot be.
+    """
+    self._said = (*documents.WORDS, *text.CLASSES, *text.COLOURS)
+    least, most = words
+    if length < 1 or not 1 <= least <= most <= len(self._said):
+      raise ValueError(
+          f"length={length}, words={tuple(words)}: expected at least 1, and "
+          f"two counts from 1 to {len(self._said)}"
+      )
+    self._split, self._length, self._seed = split, length, seed
+    self._least, self._most = least, most
+
+  def __len__(self) -> int:
+    return self._length
+
+  def conversation(self, index: int) -> list[Turn]:
+    """See `conversations.Conversations`."""
+    said = self.answer(index)
+    return [Turn("user", said), Turn("assistant", said)]
+
+  def answer(self, index: int) -> str:
+    """The list."""
+    if not 0 <= index < self._length:
+      raise IndexError(f"index {index} of {self._length} examples")
+    dice = Dice("echoes", self._split, self._seed, index)
+    count = self._least + dice.below(self._most - self._least + 1)
+    places = dice.sample(count, len(self._said))
+    return " ".join(self._said[place] for place in places)

@@ -30,6 +30,22 @@ def test_pictures_show_what_captions_say():
   assert source.caption(0) != other.caption(0)
 
 
+def test_every_scene_is_shown_in_many_hands_and_words():
+  source = look_alikes.LookAlikes("train", n=8, size=32, length=80)
+  assert len(source) == 80
+  assert {source.scene(i) for i in range(80)} == {
+      source.scene(i) for i in range(8)
+  }
+  shown = range(3, 80, 8)
+  assert len({source.caption(i) for i in shown}) > 1
+  assert len({source[i]["image"].tobytes() for i in shown}) == len(shown)
+  assert {int(source[i]["identity"]) for i in shown} == {
+      source.scene(3).identity
+  }
+  for index in shown:
+    assert text.read_scene(source.caption(index)) == source.scene(3)
+
+
 def test_families_are_whole():
   with pytest.raises(ValueError, match="n=10: expected a multiple of 4"):
     look_alikes.LookAlikes(n=10)

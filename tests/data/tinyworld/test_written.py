@@ -100,3 +100,27 @@ def test_descriptions_are_varied_and_fixed():
   said = {written.describe_scene(scene, Dice("x", n)) for n in range(20)}
   assert len(said) > 3
   assert written.describe_scene(scene, Dice("x", 1)) in said
+
+
+def test_echoes_say_a_list_of_different_words_twice():
+  source = written.Echoes("train", length=300, words=(2, 12))
+  known = {*documents.WORDS, *text.CLASSES, *text.COLOURS}
+  counts = set()
+  for index in range(300):
+    first, second = source.conversation(index)
+    assert first.role == "user" and second.role == "assistant"
+    assert first.text == second.text == source.answer(index)
+    words = first.text.split()
+    assert len(set(words)) == len(words) and set(words) <= known
+    counts.add(len(words))
+  assert counts == set(range(2, 13))
+  held_out = written.Echoes("test", length=300, words=(2, 12))
+  assert held_out.answer(0) != source.answer(0)
+  with pytest.raises(IndexError, match="300"):
+    source.answer(300)
+
+
+@pytest.mark.parametrize("words", [(0, 3), (4, 3), (1, 10_000)])
+def test_bad_lengths_of_lists_are_refused(words):
+  with pytest.raises(ValueError, match="two counts"):
+    written.Echoes("train", words=words)
