@@ -44,9 +44,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.weights = dict(next_token_documents=1.0, next_token_captions=0.2)
   if arg.size == "tiny":
     sets = (*sets, "episodes")
-    config.weights.next_token_episodes = 1.0
-    config.batch_size, config.steps = 32, 3000
-    config.lr, config.warmup = 1e-3, 100
+    config.weights.update(next_token_captions=1.0, next_token_episodes=1.0)
+    config.batch_size, config.steps = 32, 1200
+    config.lr, config.warmup = 2e-3, 100
   else:
     # Constant after the warm-up. The batch is that of the documents' rows,
     # which hold several captions each.
@@ -58,10 +58,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       sets=sets,
       chunks=1 if arg.size == "tiny" else 8,
   )
-  # A tiny one opens its gates in hundreds of steps, not in many thousands.
-  gates = ("gates/.*_gate", _adam(config, 0.0, arg.size, 20))
   config.optim = (
-      *((gates,) if arg.size == "tiny" else ()),
       ("resampler/.*", _adam(config, 0.0, arg.size)),
       ("gates/.*", _adam(config, 0.1, arg.size)),
       (".*", None),
@@ -72,12 +69,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _adam(
-    config: ml_collections.ConfigDict, decay: float, size: str, factor: int = 1
+    config: ml_collections.ConfigDict, decay: float, size: str
 ) -> dict[str, Any]:
   """AdamW, whose decay only the gated blocks know (appendix B.1.3)."""
   schedule = dict(
       type="mmjax.train.optim:cosine",
-      peak=config.get_ref("lr") * factor,
+      peak=config.get_ref("lr"),
       steps=config.get_ref("steps"),
       warmup=config.get_ref("warmup"),
   )
@@ -148,12 +145,12 @@ def _data(config: ml_collections.ConfigDict, size: str) -> None:
   hands = dict(variety=1.8, warp=0.4)
   # Data set, share of the rows, documents in a row at most, what they are.
   streams = [
-      ("documents", 0.15, 3, "InterleavedDocuments", dict(count=3)),
-      ("captions", 0.15, _SLOTS, "InterleavedDocuments", dict(count=1)),
+      ("documents", 0.2, 3, "InterleavedDocuments", dict(count=3)),
+      ("captions", 0.4, _SLOTS, "InterleavedDocuments", dict(count=1)),
   ]
   if size == "tiny":
     streams += [
-        ("episodes", 0.35, 1, "FewShot", dict(shots=_SLOTS - 1, ways=ways))
+        ("episodes", 0.2, 1, "FewShot", dict(shots=_SLOTS - 1, ways=ways))
         for ways in (4, 8)
     ]
   config.streams = tuple(

@@ -6,6 +6,7 @@ decoder, gated blocks let each token read those of the last picture before it.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 from typing import Any, TypeAlias
 
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 from mmjax import config
 from mmjax.models import flamingo_layout, llm
 from mmjax.nn import cache as caches
+from mmjax.nn import linear, norm, perceiver, transformer
 from mmjax.nn import mask as masks
-from mmjax.nn import norm, perceiver, transformer
 from mmjax.nn.cache import Cache
 from mmjax.nn.cross import CrossAttention, GatedCrossBlock, Seen
 from mmjax.nn.mask import Mask
@@ -91,10 +92,10 @@ SIZES: dict[str, dict[str, Any]] = {
         ),
         resampler=dict(
             type="mmjax.nn.perceiver:Resampler", latents=4, depth=2, heads=4,
-            head_dim=24, mlp=384, frames=4,
+            head_dim=24, mlp=384, frames=4, spread=0.02,
         ),
         llm=dict(type="mmjax.models.llm:Decoder", **llm.SIZES["tiny"]),
-        every=1, heads=4, head_dim=24, mlp=384,
+        every=1, heads=4, head_dim=24, mlp=384, gate=1.0,
         # In the last block of a CLIP only its class token has been trained.
         select="all",
     ),
@@ -147,6 +148,10 @@ class Flamingo(nn.Module):
     mlp: hidden width of their MLPs.
     activation: of their MLPs, see `perceiver.Resampler`.
     epsilon: of their norms.
+    gate: where their gates start. At 0, as in the paper, they are shut, and
+      what stands behind them learns only as they open; batches of a few dozen
+      rows just push them to and fro. From elsewhere, the last kernels behind
+      them start at 0 instead.
     select: name in `SELECTS`.
     remat: of the gated blocks, a name in `transformer.REMAT`.
     dtype: of the gated blocks.
@@ -162,6 +167,7 @@ class Flamingo(nn.Module):
   first: int = 0
   activation: str = "relu2"
   epsilon: float = 1e-5
+  gate: float = 0.0
   select: str = "patches"
   remat: str = "none"
   dtype: Any = jnp.float32
@@ -178,18 +184,24 @@ class Flamingo(nn.Module):
           f"first={self.first}: expected 0 to {self.every - 1}, for groups of "
           f"every={self.every} of {self.llm.depth} blocks"
       )
+    last = linear.ZEROS if self.gate else linear.FAN_IN_UNIFORM
     self._parts = dict(
         attention=functools.partial(
-            CrossAttention, self.heads, self.head_dim, dtype=self.dtype
+            CrossAttention,
+            self.heads,
+            self.head_dim,
+            out_init=last,
+            dtype=self.dtype,
         ),
         mlp=functools.partial(
             transformer.Mlp,
             self.mlp,
             self.activation,
-            perceiver.INIT,
+            dataclasses.replace(perceiver.INIT, down=last),
             dtype=self.dtype,
         ),
         norm=functools.partial(norm.LayerNorm, self.epsilon, self.dtype),
+        gate=self.gate,
     )
     self.gates = transformer.stacked(GatedCrossBlock, self.gated, "none")(
         **self._parts

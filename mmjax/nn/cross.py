@@ -38,12 +38,14 @@ class CrossAttention(nn.Module):
     heads: number of heads H.
     head_dim: width of a head; H of them need not make the width of the model.
     init: of all kernels.
+    out_init: of the last one, if it has another.
     dtype: of the computation.
   """
 
   heads: int
   head_dim: int
   init: Initializer = linear.FAN_IN_UNIFORM
+  out_init: Initializer | None = None
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
@@ -85,7 +87,7 @@ class CrossAttention(nn.Module):
     return linear.Linear(
         x.shape[-1],
         linear.HEADS_TO_EMBED,
-        self.init,
+        self.out_init or self.init,
         None,
         self.dtype,
         name="out",
@@ -97,17 +99,19 @@ class GatedCrossBlock(nn.Module):
 
     x += tanh(a) * attention(norm(x)); x += tanh(b) * mlp(norm(x))
 
-  The gates a and b are scalars that start at 0.
+  The gates a and b are scalars that start at `gate`, 0 in the paper.
 
   Attributes:
     attention: makes the `CrossAttention`.
     mlp: makes the MLP.
     norm: makes each of the two norms.
+    gate: where the gates start.
   """
 
   attention: Callable[..., nn.Module]
   mlp: Callable[..., nn.Module]
   norm: Callable[..., nn.Module]
+  gate: float = 0.0
 
   @nn.compact
   def __call__(
@@ -123,7 +127,10 @@ class GatedCrossBlock(nn.Module):
 
     def gated(name: str, y: jax.Array) -> jax.Array:
       gate = self.param(
-          f"{name}_gate", declared(nn.initializers.zeros), (), jnp.float32
+          f"{name}_gate",
+          declared(nn.initializers.constant(self.gate)),
+          (),
+          jnp.float32,
       )
       return jnp.tanh(gate).astype(y.dtype) * y
 

@@ -72,6 +72,9 @@ class Resampler(nn.Module):
     frames: learned times of frames; None for none. A video of more frames is
       given times between them (appendix A.1.1).
     media: learned places of media in their sequence; None for none.
+    spread: standard deviation of the latents, times and places at first. At
+      OpenFlamingo's 1, a shallow resampler says at first more of its latents
+      than of what they read.
     remat: name in `transformer.REMAT`.
     dtype: of the computation.
   """
@@ -85,6 +88,7 @@ class Resampler(nn.Module):
   epsilon: float = 1e-5
   frames: int | None = None
   media: int | None = None
+  spread: float = 1.0
   remat: str = "none"
   dtype: Any = jnp.float32
 
@@ -103,7 +107,7 @@ class Resampler(nn.Module):
     batch, count, time, spots, width = features.shape
     table = lambda name, length: self.param(
         name,
-        declared(linear.normal(1.0), None, "embed"),
+        declared(linear.normal(self.spread), None, "embed"),
         (length, width),
         jnp.float32,
     ).astype(self.dtype)

@@ -107,12 +107,12 @@ def test_a_beam_of_one_is_greedy():
 
 
 @functools.cache
-def drawn(depth=5, every=2, first=0, **changes):
+def drawn(depth=5, every=2, first=0, gate=0.0, **changes):
   """A small system, its first parameters and others, and inputs."""
   size = dict(flamingo.SIZES["tiny"], type="mmjax.models.flamingo:Flamingo")
   size["vision"] = dict(size["vision"], image=(16, 16), depth=1)
   size["llm"] = dict(size["llm"], depth=depth, vocab=50)
-  size |= dict(every=every, first=first, **changes)
+  size |= dict(every=every, first=first, gate=gate, **changes)
   system = config.build(size, "system")
   rng = np.random.default_rng(0)
   images = rng.normal(size=(2, 3, 16, 16, 3)).astype(np.float32)
@@ -126,8 +126,10 @@ def drawn(depth=5, every=2, first=0, **changes):
   return system, variables, moved, images, tokens, media
 
 
-def test_new_gates_leave_the_decoder_as_it_is():
-  system, fresh, _, images, tokens, media = drawn()
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_new_gates_leave_the_decoder_as_it_is(gate):
+  system, fresh, _, images, tokens, media = drawn(gate=gate)
+  assert float(fresh["params"]["gates"]["attention_gate"][0]) == gate
   logits, _ = jax.jit(system.apply)(fresh, images, tokens, media)
   llm = {"params": fresh["params"]["llm"]}
   alone, _ = jax.jit(system.llm.apply)(llm, tokens)
@@ -264,6 +266,19 @@ def test_gradients_reach_the_new_parts_alone_when_gates_open():
   assert float(jnp.abs(grads["resampler"]["latents"]).max()) == 0
   grads = gradient(variables["params"])
   assert float(jnp.abs(grads["resampler"]["latents"]).max()) > 0
+
+
+def test_what_stands_behind_an_open_gate_learns_at_once():
+  system, fresh, _, images, tokens, media = drawn(gate=1.0)
+
+  def loss(params):
+    logits, _ = system.apply({"params": params}, images, tokens, media)
+    return jnp.square(logits).mean()
+
+  grads = jax.jit(jax.grad(loss))(fresh["params"])["gates"]
+  assert float(jnp.abs(grads["attention"]["out"]["kernel"]).max()) > 0
+  assert float(jnp.abs(grads["mlp"]["down"]["kernel"]).max()) > 0
+  assert float(jnp.abs(grads["attention_gate"]).max()) == 0
 
 
 def test_published_sizes():
