@@ -74,7 +74,8 @@ def batches(
     process_count: P.
     threads: threads that prepare batches; 0 prepares them in the caller's.
     workers: operating-system processes that prepare them, each with so many
-      threads; 0 prepares them in this one. Batches are the same for any number.
+      threads; 0 prepares them in this one. Batches are the same for any number;
+      each worker judges by its own share whether too many records are bad.
     prefetch: batches prepared ahead, at most; by each worker.
     start: global batches to skip.
 
