@@ -280,7 +280,7 @@ def drawn():
       source=np.full((2, 20), -1, np.int32),
       question=rng.integers(1, 1000, (2, 6)).astype(np.int32),
   )
-  batch["source"][0, :8] = batch["source"][1, 2:10] = np.arange(8)
+  batch["source"][0, :16] = batch["source"][1, 2:18] = np.arange(16)
   variables = partitioning.unbox(
       jax.jit(system.init)(jax.random.key(0), **batch)
   )
@@ -295,15 +295,15 @@ def test_soft_prompts_stand_in_their_places():
   )(variables, *args)
   found = run("embeddings", *(batch[k] for k in ("image", "tokens", "source")))
   prompts = run("encode", batch["image"])
-  np.testing.assert_array_equal(found[0, :8], prompts[0])
-  np.testing.assert_array_equal(found[1, 2:10], prompts[1])
+  np.testing.assert_array_equal(found[0, :16], prompts[0])
+  np.testing.assert_array_equal(found[1, 2:18], prompts[1])
   words = variables["params"]["llm"]["embed"]["embedding"]
-  np.testing.assert_array_equal(found[0, 8:], words[batch["tokens"][0, 8:]])
+  np.testing.assert_array_equal(found[0, 16:], words[batch["tokens"][0, 16:]])
   # Several pictures follow each other.
   pair = np.stack([batch["image"], batch["image"][::-1]], axis=1)
   both = run("encode", pair)
-  np.testing.assert_allclose(both[:, :8], prompts, atol=1e-6)
-  np.testing.assert_allclose(both[:, 8:], prompts[::-1], atol=1e-6)
+  np.testing.assert_allclose(both[:, :16], prompts, atol=1e-6)
+  np.testing.assert_allclose(both[:, 16:], prompts[::-1], atol=1e-6)
 
 
 def test_a_question_changes_what_queries_look_for():

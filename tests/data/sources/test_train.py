@@ -56,6 +56,7 @@ def test_bad_records_are_listed_and_counted(tmp_path):
 def test_too_many_bad_records_end_a_run(tmp_path, capsys):
   assert train(tmp_path, bad=range(3, 15)) == 1
   error = capsys.readouterr().err
-  # Of two threads the other may add one more.
-  assert re.search("[56] bad records of 40, more than max_bad=0.1", error)
+  # Threads that read ahead may add more before the run hears of the fifth.
+  found = re.search(r"(\d+) bad records of 40, more than max_bad=0.1", error)
+  assert 5 <= int(found[1]) <= 12
   assert "data.tar:0" in error and "quarantine.jsonl" in error
