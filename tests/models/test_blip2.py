@@ -302,8 +302,8 @@ def test_soft_prompts_stand_in_their_places():
   # Several pictures follow each other.
   pair = np.stack([batch["image"], batch["image"][::-1]], axis=1)
   both = run("encode", pair)
-  np.testing.assert_allclose(both[:, :16], prompts, atol=1e-6)
-  np.testing.assert_allclose(both[:, 16:], prompts[::-1], atol=1e-6)
+  np.testing.assert_allclose(both[:, :16], prompts, atol=3e-6)
+  np.testing.assert_allclose(both[:, 16:], prompts[::-1], atol=3e-6)
 
 
 def test_a_question_changes_what_queries_look_for():
