@@ -87,6 +87,8 @@ def batches(
     ValueError: one message with everything that is wrong with the arguments.
   """
   faults = _process_faults(batch_size, process_index, process_count)
+  if threads < 0 or workers < 0:
+    faults.append(f"threads={threads}, workers={workers}: expected at least 0")
   faults += _stream_faults(streams)
   if faults:
     raise ValueError("mixture: " + "\n  ".join(faults))

@@ -163,6 +163,7 @@ def test_evaluation_splits_among_processes_and_all_take_as_many_steps():
 ERRORS = (
     (dict(process_count=3), "batch_size=4 .* multiple of the 3 processes"),
     (dict(batch_size=0), "batch_size=0 is not a positive"),
+    (dict(workers=-1), "workers=-1: expected at least 0"),
     (dict(process_index=2, process_count=2), "process_index=2 of .*=2"),
     (dict(streams=[]), "no streams"),
     (dict(streams=[Stream(Numbers(0, 0))]), r"stream 0 \(Numbers\): no examp"),
