@@ -15,8 +15,9 @@ import pytest
 from mmjax import config as config_lib
 from mmjax import sharding
 from mmjax.__main__ import main
+from mmjax.perf import chips
 from mmjax.train import plan as plan_lib
-from mmjax.verbs import _bench_train, _timing
+from mmjax.verbs import _bench_train, _timing, bench
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -54,6 +55,13 @@ def run(configs, *argv):
       "bench", "train", f"--configs={configs}", "--rounds=2", "--patience=0",
       "--compilation_cache=", *argv,
   ])
+
+
+def test_the_peak_is_that_of_the_dtype(monkeypatch):
+  monkeypatch.setattr(chips, "from_device_kind", lambda _: chips.CHIPS["h200"])
+  peak = lambda dtype: bench.environment(dtype)["peak"] / jax.device_count()
+  assert peak("bfloat16") == 989.4e12
+  assert peak("float32") == pytest.approx(989.4e12 / 2)
 
 
 def test_rows_of_ours(configs, capsys, monkeypatch):
