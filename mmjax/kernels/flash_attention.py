@@ -7,10 +7,10 @@ decided by `choose`, from shapes, dtypes and the device:
   gpu      Pallas, Mosaic GPU (Hopper)  `_flash_gpu.py`
   cudnn    cuDNN, for full and causal masks on a GPU
   chunked  jnp, tile by tile            `_flash_jnp.py`; what a CPU runs
-  dense    jnp, all scores at once      this file; for short sequences
+  dense    jnp, all scores at once      `_flash_dense.py`; for short sequences
 
-All but `dense` and `cudnn` store the output and the log-sum-exp of each row,
-and recompute the probabilities backward (FlashAttention-2, Dao 2023).
+All but `cudnn`, which does so itself, store the output and the log-sum-exp of
+each row, and recompute the probabilities backward (FlashAttention-2, Dao 2023).
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmjax.kernels import _flash_gpu, _flash_jnp, _flash_tpu, device
+from mmjax.kernels import (
+    _flash_dense,
+    _flash_gpu,
+    _flash_jnp,
+    _flash_tpu,
+    device,
+)
 from mmjax.kernels.intervals import Mask
 
 IMPLEMENTATIONS = ("tpu", "gpu", "cudnn", "chunked", "dense")
 
-# Those that store nothing but the output and the log-sum-exp of each row.
+_IN_JNP = {"chunked": _flash_jnp, "dense": _flash_dense}
+
+# Those that hold no more than some tiles of scores at a time.
 TILED = ("tpu", "gpu", "chunked")
 
 # By platform, the fastest first. The last one serves every call.
@@ -37,6 +45,7 @@ _PREFERENCES = {
 
 # Scores of one head up to which all at once is faster than tile by tile.
 DENSE_SCORES = 256 * 256
+
 
 def flash_attention(
     q: jax.Array,
@@ -84,8 +93,6 @@ def flash_attention(
       bias is not None,
   )
   choice = choose(call, implementation)
-  if choice.implementation == "dense":
-    return _dense(q, k, v, mask, bias, scale, softcap)
   if choice.implementation == "cudnn":
     return _cudnn(q, k, v, mask, scale)
   return _flash(q, k, v, mask, bias, choice.implementation, scale, softcap)
@@ -232,7 +239,7 @@ def _refusal(name: str, call: Call) -> str:
   return ""
 
 
-# The tiled implementations.
+# The implementations in two passes.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -310,10 +317,12 @@ def forward(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """The tiled forward pass; arguments and results of `flash_attention`."""
+  """The forward pass; arguments and results of `flash_attention`."""
   name = implementation.removesuffix(device.INTERPRET)
-  if name == "chunked":
-    return _flash_jnp.forward(q, k, v, mask, bias, scale=scale, softcap=softcap)
+  if name in _IN_JNP:
+    return _IN_JNP[name].forward(
+        q, k, v, mask, bias, scale=scale, softcap=softcap
+    )
   backend = {"tpu": _flash_tpu, "gpu": _flash_gpu}[name]
   return backend.forward(
       q, k, v, mask,
@@ -335,7 +344,7 @@ def backward(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-  """The tiled backward pass.
+  """The backward pass.
 
   Args:
     q: as in `flash_attention`, like the next four.
@@ -346,7 +355,7 @@ def backward(
     lse: f32[B, H, Q] of all keys of the row, even if k holds some of them.
     delta: f32[B, H, Q], from `row_delta`.
     dout: [B, Q, H, D], cotangent of the output.
-    implementation: one of the tiled ones.
+    implementation: any but `cudnn`.
     scale: as in `flash_attention`.
     softcap: as in `flash_attention`.
 
@@ -356,8 +365,8 @@ def backward(
   # exp(score - lse) becomes 0, not NaN, in rows that see nothing.
   lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
   name = implementation.removesuffix(device.INTERPRET)
-  if name == "chunked":
-    return _flash_jnp.backward(
+  if name in _IN_JNP:
+    return _IN_JNP[name].backward(
         q, k, v, mask, bias, lse, delta, dout, scale=scale, softcap=softcap
     )
   backend = {"tpu": _flash_tpu, "gpu": _flash_gpu}[name]
@@ -368,41 +377,7 @@ def backward(
   return *grads, None
 
 
-# The implementations that JAX differentiates.
-
-
-def _dense(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask,
-    bias: jax.Array | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[jax.Array, jax.Array]:
-  ratio = q.shape[2] // k.shape[2]
-  if ratio > 1:  # They are short here; one product of four axes is faster.
-    k, v = jnp.repeat(k, ratio, axis=2), jnp.repeat(v, ratio, axis=2)
-  s = jnp.einsum(
-      "bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32
-  )
-  if bias is not None:
-    s += bias
-  if softcap is not None:
-    s = softcap * jnp.tanh(s / softcap)
-  if mask.pattern == "full":
-    p = jax.nn.softmax(s)
-    lse = jax.nn.logsumexp(s, axis=-1)
-  else:
-    visible = mask.dense()[:, None]
-    # The lowest finite number, not -inf: a row without a key stays finite, in
-    # the gradient too, and is then set to zero.
-    s = jnp.where(visible, s, jnp.finfo(s.dtype).min)
-    p = jnp.where(visible, jax.nn.softmax(s), 0.0)
-    lse = jnp.where(
-        visible.any(-1), jax.nn.logsumexp(s, axis=-1), -jnp.inf
-    )
-  return jnp.einsum("bhqk,bkhd->bqhd", p.astype(v.dtype), v), lse
+# The implementation that JAX differentiates.
 
 
 def _cudnn(

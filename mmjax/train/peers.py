@@ -31,6 +31,9 @@ SILENCE, _ASK = 30, 5
 # Seconds after which the first process looks whether its own run is over.
 _TICK = 0.1
 
+# Seconds that the first process, which ends, gives the others to end too.
+_FAREWELL = 1.0
+
 _TOKEN = 16
 _BYE = "bye"
 
@@ -134,9 +137,23 @@ class Watch:
   def _quit(self, code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    # The others must read the reason before they see this process end.
-    time.sleep(1 if self._index == 0 else 0)
+    # The others must read the reason before they see this process end: without
+    # it the library below aborts them. It would abort this one too, where a
+    # lost process comes back before its time, so wait no longer than for them.
+    if self._index == 0:
+      self._wait_for_others(_FAREWELL)
     self._leave(code)
+
+  def _wait_for_others(self, seconds: float) -> None:
+    """Returns when the others have hung up, or after that many seconds."""
+    deadline = time.monotonic() + seconds
+    for link in list(self._links.values()):
+      try:
+        link.settimeout(max(deadline - time.monotonic(), 1e-3))
+        while link.recv(_TOKEN):
+          pass
+      except OSError:
+        pass  # Out of time, or gone.
 
   def _lost(self, text: str) -> None:
     """Says why this job ends, passes it on, and ends this process."""
