@@ -93,6 +93,16 @@ def test_a_connection_that_breaks_ends_all(job, capsys):
   assert f"process 2 stops: {name}" in errors
 
 
+def test_the_first_ends_when_the_others_have(job, monkeypatch):
+  monkeypatch.setattr(peers, "_FAREWELL", 60)
+  job.watches[1]._links[0].shutdown(socket.SHUT_RDWR)
+  assert 2 in job.wait_for(2)  # It knows, but its process lives on.
+  time.sleep(0.2)
+  assert 0 not in job.codes
+  job.watches[2]._links[0].shutdown(socket.SHUT_RDWR)
+  assert job.wait_for(0)[0] == peers.LOST
+
+
 def test_what_one_process_raises_is_told_to_all(job, capsys):
   job.leave(2, OSError("the disk is gone"))
   assert job.wait_for(0, 1, 2) == {0: peers.LOST, 1: peers.LOST, 2: 1}
