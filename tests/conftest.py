@@ -6,8 +6,9 @@ import tempfile
 
 import pytest
 
-# On a GPU only what asks for one is run: `tests/kernels/test_on_gpu.py`.
-if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+# On another platform only what asks for it is run: `kernels/test_on_gpu.py`.
+os.environ["JAX_PLATFORMS"] = os.environ.get("MMJAX_TEST_PLATFORM", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ["XLA_FLAGS"] = (
       os.environ.get("XLA_FLAGS", "")
       + " --xla_force_host_platform_device_count=8"

@@ -1,6 +1,6 @@
 """The Hopper kernels on a Hopper GPU, against float64.
 
-`JAX_PLATFORMS=cuda pytest tests/kernels/test_on_gpu.py`
+`MMJAX_TEST_PLATFORM=cuda pytest tests/kernels/test_on_gpu.py`
 """
 
 import functools
