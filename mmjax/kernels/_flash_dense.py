@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.kernels.intervals import Mask
+from mmjax.perf import flops
 
 # The score of a key that is not seen: finite, so that a row without any key
 # has no inf - inf, and below the scores of all others.
@@ -101,7 +102,8 @@ def backward(
   turned = lambda x: x.transpose(0, 1, 4, 2, 3)
   per_row = lambda x: _of_groups(x, groups)[:, :, None]
 
-  s = split(_product("bgkd,bgqd->bgkq", keys, queries))
+  with jax.named_scope(flops.REMAT_SCOPE):  # What `forward` has done already.
+    s = split(_product("bgkd,bgqd->bgkq", keys, queries))
   if bias is not None:
     s += turned(_of_groups(bias, groups))
   slope = 1.0

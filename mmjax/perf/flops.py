@@ -29,7 +29,7 @@ _MOVES = frozenset(
 )
 
 # The name that `jax.checkpoint` gives to what it computes a second time.
-_REMAT_SCOPE = "rematted_computation"
+REMAT_SCOPE = "rematted_computation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class _Tally:
 def _count(jaxpr: core.Jaxpr) -> _Tally:
   tally = _Tally()
   for eqn in jaxpr.eqns:
-    again = _REMAT_SCOPE in str(eqn.source_info.name_stack)
+    again = REMAT_SCOPE in str(eqn.source_info.name_stack)
     tally.add(_count_eqn(eqn), again=again)
   return tally
 
