@@ -333,12 +333,8 @@ def train(
   rows = {key: batch[key] for key in ("image", "tokens")}
   count, height, width, _ = rows["image"].shape
   patches = (height // system.vision.patch) * (width // system.vision.patch)
-  keys = jax.random.split(context.rng, 3)
-  rows["parallel"] = jax.random.bernoulli(keys[0], parallel, (count,))
-  rows["order"] = jax.random.uniform(keys[1], (count, patches)).argsort(axis=1)
-  rows["box"] = views.random_boxes(
-      keys[2], (count, views_per_image), tuple(area)
-  )
+  boxes = (count, views_per_image), tuple(area)
+  rows |= _draw(context.rng, count, patches, parallel, boxes)
   begun = context.step >= begin
 
   def part(rows: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
@@ -374,6 +370,22 @@ def train(
       for name, old in variables["centres"].items()
   }
   return terms, {"centres": centres}
+
+
+def _draw(
+    rng: jax.Array,
+    count: int,
+    patches: int,
+    parallel: float,
+    boxes: tuple[tuple[int, int], tuple[float, float]],
+) -> dict[str, jax.Array]:
+  """What is random for each image; `boxes` as for `views.random_boxes`."""
+  keys = jax.random.split(rng, 3)
+  return {
+      "parallel": jax.random.bernoulli(keys[0], parallel, (count,)),
+      "order": jax.random.uniform(keys[1], (count, patches)).argsort(axis=1),
+      "box": views.random_boxes(keys[2], *boxes),
+  }
 
 
 def _caption_loss(

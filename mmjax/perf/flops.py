@@ -28,7 +28,8 @@ _MOVES = frozenset(
     """.split()
 )
 
-# The name that `jax.checkpoint` gives to what it computes a second time.
+# The name that `jax.checkpoint` gives to what it computes a second time, and
+# that a backward pass written by hand gives to the same.
 REMAT_SCOPE = "rematted_computation"
 
 

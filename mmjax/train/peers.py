@@ -138,8 +138,8 @@ class Watch:
     sys.stdout.flush()
     sys.stderr.flush()
     # The others must read the reason before they see this process end: without
-    # it the library below aborts them. It would abort this one too, where a
-    # lost process comes back before its time, so wait no longer than for them.
+    # it the library below aborts them. But no longer than that: it may abort
+    # this one too, where a lost process comes back before its time.
     if self._index == 0:
       self._wait_for_others(_FAREWELL)
     self._leave(code)
@@ -150,7 +150,7 @@ class Watch:
     for link in list(self._links.values()):
       try:
         link.settimeout(max(deadline - time.monotonic(), 1e-3))
-        while link.recv(_TOKEN):
+        while link.recv(1024):
           pass
       except OSError:
         pass  # Out of time, or gone.
