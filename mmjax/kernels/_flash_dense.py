@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.kernels.intervals import Mask
-from mmjax.perf import flops
 
 # The score of a key that is not seen: finite, so that a row without any key
 # has no inf - inf, and below the scores of all others.
 _HIDDEN = -1e30
+
+# What `jax.checkpoint` calls that which it makes again: no work of the model.
+_AGAIN = "rematted_computation"
 
 
 def _grouped(x: jax.Array, groups: int) -> jax.Array:
@@ -102,7 +104,7 @@ def backward(
   turned = lambda x: x.transpose(0, 1, 4, 2, 3)
   per_row = lambda x: _of_groups(x, groups)[:, :, None]
 
-  with jax.named_scope(flops.REMAT_SCOPE):  # What `forward` has done already.
+  with jax.named_scope(_AGAIN):
     s = split(_product("bgkd,bgqd->bgkq", keys, queries))
   if bias is not None:
     s += turned(_of_groups(bias, groups))

@@ -30,7 +30,7 @@ _MOVES = frozenset(
 
 # The name that `jax.checkpoint` gives to what it computes a second time, and
 # that a backward pass written by hand gives to the same.
-REMAT_SCOPE = "rematted_computation"
+_REMAT_SCOPE = "rematted_computation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _Tally:
 def _count(jaxpr: core.Jaxpr) -> _Tally:
   tally = _Tally()
   for eqn in jaxpr.eqns:
-    again = REMAT_SCOPE in str(eqn.source_info.name_stack)
+    again = _REMAT_SCOPE in str(eqn.source_info.name_stack)
     tally.add(_count_eqn(eqn), again=again)
   return tally
 
