@@ -22,7 +22,7 @@ STAGES = ("align", "bind", "lora")
 # trained at once, for as long as speech is there.
 _RECIPES = {
     "tiny": dict(
-        align=(128, 2400, 100, 2e-3),
+        align=(128, 2000, 100, 2e-3),
         bind=(128, 1000, 100, 2e-3),
         lora=(128, 400, 20, 2e-3),
     ),

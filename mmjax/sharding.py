@@ -6,12 +6,19 @@ axis is used at most once per array, and only where it divides the dimension.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
 from mmjax.perf import topology
 
@@ -123,6 +130,13 @@ def spec(
         dim //= parts
     entries.append(tuple(axes) or None)
   return PartitionSpec(*entries)
+
+
+def use(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager[Any]:
+  """The context in which programs for a mesh are traced."""
+  if isinstance(mesh, AbstractMesh):
+    return jax.sharding.use_abstract_mesh(mesh)
+  return jax.set_mesh(mesh)
 
 
 def axis_size(axis: str) -> int:

@@ -136,10 +136,9 @@ def _text_init(width: int, depth: int) -> transformer.BlockInit:
   )
 
 
-# The official code leaves the image tower's blocks at PyTorch's defaults; its
-# Xavier kernel holds queries, keys and values, hence the scale.
-_IMAGE_INIT = transformer.BlockInit(
-    qkv=nn.initializers.variance_scaling(0.5, "fan_avg", "uniform"),
+# The official code leaves the image tower's blocks at PyTorch's defaults.
+IMAGE_INIT = transformer.BlockInit(
+    qkv=linear.XAVIER_OF_THREE,
     out=linear.FAN_IN_UNIFORM,
     up=linear.FAN_IN_UNIFORM,
     down=linear.FAN_IN_UNIFORM,
@@ -175,7 +174,7 @@ def encoder(
       mlp=mlp,
       activation=activation,
       epsilon=epsilon,
-      inits=_IMAGE_INIT,
+      inits=IMAGE_INIT,
       patch_init=linear.FAN_IN_UNIFORM,
       patch_bias_init=None,
       cls_init=linear.normal(std),

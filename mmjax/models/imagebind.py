@@ -5,6 +5,7 @@ What was never paired, such as speech and text, meets in the space of pictures.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax import config
-from mmjax.models import imagebind_layout
+from mmjax.models import clip, imagebind_layout
 from mmjax.nn import linear, norm, position, transformer
 from mmjax.nn import mask as masks
 from mmjax.nn.partitioning import declared
@@ -67,6 +68,11 @@ def _text(
       heads=heads, mlp=4 * width, activation="gelu", epsilon=_EPSILON,
   )  # fmt: skip
 
+
+# Of all but pictures, whose tower is CLIP's (official code).
+_INIT = transformer.BlockInit(
+    qkv=linear.XAVIER_OF_THREE, mlp_bias=linear.ZEROS
+)
 
 _NORMED = dict(epsilon=_STEM_EPSILON)
 _SIGNAL = dict(type="mmjax.models.imagebind:SignalStem", patch=8, **_NORMED)
@@ -268,8 +274,8 @@ class Tower(nn.Module):
         4 * width,
         "gelu",
         _EPSILON,
-        transformer.BlockInit(
-            mlp_bias=linear.ZEROS,
+        dataclasses.replace(
+            clip.IMAGE_INIT if self.stem_norm else _INIT,
             extra=nn.initializers.xavier_normal() if self.extra else None,
             rank=self.rank,
         ),

@@ -34,6 +34,10 @@ EMBED_TO_JOINT = ("embed", "joint")
 
 ZEROS: Initializer = nn.initializers.zeros
 XAVIER: Initializer = nn.initializers.xavier_uniform()
+# Of each of queries, keys and values where PyTorch draws the three as one.
+XAVIER_OF_THREE: Initializer = nn.initializers.variance_scaling(
+    0.5, "fan_avg", "uniform"
+)
 
 
 def normal(std: float) -> Initializer:

@@ -24,7 +24,6 @@ from mmjax.train.plan import (
     first_state,
     ideal_seconds,
     make_plan,
-    make_step,
     summary,
 )
 from mmjax.train.run import (
@@ -268,8 +267,7 @@ def _fit(
   )
   source = feed.Feed(iterator, plan.batch)
   begin = time.perf_counter()
-  step_fn = make_step(plan.stage, plan.state, plan.mesh)
-  compiled = compile_for(plan.mesh, step_fn.lower(plan.state, plan.batch))
+  compiled = compile_for(plan.mesh, plan.step.lower(plan.state, plan.batch))
   run.say(f"compiled in {time.perf_counter() - begin:.1f} s")
   if is_first():
     checkpoint.write_json(

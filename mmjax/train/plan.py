@@ -42,6 +42,7 @@ class Plan:
     batch: key -> global shape, dtype and sharding of what the step reads.
     init: jitted `(seed i32[], imported) -> TrainState`.
     state: the abstract state, with shardings.
+    step: the jitted train step, see `make_step`; traced already.
     metrics: the names of the numbers that a step returns.
   """
 
@@ -51,6 +52,7 @@ class Plan:
   batch: Abstract
   init: Callable[..., TrainState]
   state: TrainState
+  step: Any
   metrics: tuple[str, ...]
 
   @property
@@ -83,8 +85,12 @@ def make_plan(config: Mapping[str, Any], mesh: Any) -> Plan:
   ]
   batch = _abstract_batch(stage, streams, mesh)
   init, state = make_init(stage, batch, mesh)
-  _, found = jax.eval_shape(functools.partial(train_step, stage), state, batch)
-  return Plan(stage, streams, mesh, batch, init, state, tuple(sorted(found)))
+  step = make_step(stage, state, mesh)
+  with sharding.use(mesh):
+    _, found = step.eval_shape(state, batch)
+  return Plan(
+      stage, streams, mesh, batch, init, state, step, tuple(sorted(found))
+  )
 
 
 def _abstract_batch(

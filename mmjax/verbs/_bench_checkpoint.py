@@ -88,8 +88,8 @@ def measure(config: Any, rounds: int, folder: pathlib.Path) -> Row:
         ),
         plan.batch,
     )
-    jitted = plan_lib.make_step(plan.stage, plan.state, mesh)
-    step = plan_lib.compile_for(mesh, jitted.lower(plan.state, plan.batch))
+    lowered = plan.step.lower(plan.state, plan.batch)
+    step = plan_lib.compile_for(mesh, lowered)
     state = plan_lib.first_state(plan)
     found: dict[str, list[float]] = {
         "step": [], "blocked": [], "beside": [], "whole": []

@@ -357,14 +357,17 @@ def contestants(
         sources.open_records(place, split),
         {key: field(), "label": sources.Label("cls")},
     )
-    rows = mixture.batches(
-        [mixture.Stream(examples)],
-        batch_size=batch,
-        seed=0,
-        threads=cores,
-        prefetch=STEP,
+    batches = functools.partial(
+        mixture.batches, [mixture.Stream(examples)], batch_size=batch, seed=0
     )
+    rows = batches(threads=cores, prefetch=STEP)
     steps[f"mmjax {form}"] = functools.partial(next, rows)
+    if form == "folder":
+      # Processes, as PyTorch's: what a decoder does under Python's lock does
+      # not hold up another.
+      ahead = max(1, STEP // cores)
+      rows = batches(workers=cores, threads=0, prefetch=ahead)
+      steps[f"mmjax {cores} workers"] = functools.partial(next, rows)
   if "tfds" in places:
     steps["tfds alone"] = _tfds_step(places["tfds"], name, batch)
   return steps

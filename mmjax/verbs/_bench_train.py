@@ -214,8 +214,7 @@ def _our_step(
       key: jax.device_put(batch[key], leaf.sharding)
       for key, leaf in plan.batch.items()
   }
-  jitted = plan_lib.make_step(plan.stage, plan.state, plan.mesh)
-  compiled = plan_lib.compile_for(plan.mesh, jitted.lower(state, arrays))
+  compiled = plan_lib.compile_for(plan.mesh, plan.step.lower(state, arrays))
   state, metrics = compiled(state, arrays)
 
   def step() -> None:

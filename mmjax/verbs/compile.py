@@ -152,7 +152,6 @@ Step = tuple[Callable[..., Any], tuple[Any, ...], Report]
 
 def _train(plan: Any, slots: None) -> Step:
   """The step of the training loop, its arguments, and their bytes by kind."""
-  from mmjax.train.plan import make_step
   from mmjax.train.state import bytes_per_device
 
   state = plan.state
@@ -165,8 +164,7 @@ def _train(plan: Any, slots: None) -> Step:
       "batch": plan.batch,
   }
   kinds = {kind: bytes_per_device(part) for kind, part in parts.items()}
-  step = make_step(plan.stage, state, plan.mesh)
-  return step, (state, plan.batch), kinds
+  return plan.step, (state, plan.batch), kinds
 
 
 def _inference(plan: Any, slots: None) -> Step:

@@ -10,7 +10,7 @@ import pytest
 from mmjax import sharding, verbs
 from mmjax.data import mixture
 from mmjax.train import loop
-from mmjax.train.plan import first_state, make_plan, make_step
+from mmjax.train.plan import first_state, make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = verbs.load_module(str(ROOT / "configs" / "blip2.py"))
@@ -38,14 +38,13 @@ def test_what_is_frozen_stays_bit_by_bit():
   with jax.set_mesh(plan.mesh):
     state = first_state(plan)
     live, frozen = jax.device_get((state.live, state.frozen))
-    step = make_step(plan.stage, plan.state, plan.mesh)
     for _ in range(2):
       rows = next(batches)
       batch = {
           key: jax.device_put(rows[key], leaf.sharding)
           for key, leaf in plan.batch.items()
       }
-      state, found = step(state, batch)
+      state, found = plan.step(state, batch)
   assert np.isfinite(found["loss"])
   assert {path.split("/")[0] for path in frozen} == {"vision", "llm"}
   for path, before in frozen.items():

@@ -73,7 +73,10 @@ def test_a_plan_says_what_would_run():
   assert found.batch["image"].shape == (16, 4, 4, 3)
   assert found.batch["label"].dtype == jnp.int32
   assert plan.count(found.parameters) == 48 * 16 + 16 + 16 * 4 + 4
-  assert found.metrics == ("accuracy", "cross_entropy", "grad_norm", "loss")
+  assert found.metrics == (
+      "accuracy", "cross_entropy", "grad_norm", "loss", "skipped",
+      "skipped_in_a_row",
+  )
   assert "852 parameters, 852 trained, 0 frozen" in plan.summary(found)
 
 
@@ -196,16 +199,16 @@ def test_bad_batches_change_nothing_and_are_counted():
   good = np.stack([toy_run.Blobs()[i]["image"] for i in range(16)])
   label = np.arange(16, dtype=np.int32) % 4
   with jax.set_mesh(found.mesh):
-    step = plan.make_step(found.stage, found.state, found.mesh)
-    state, metrics = step(
+    state, metrics = found.step(
         plan.first_state(found), {"image": good, "label": label}
     )
     before = jax.tree.map(np.array, checkpoint.to_tree(state))
     for count in (1, 2):
-      state, metrics = step(state, {"image": good * np.nan, "label": label})
+      batch = {"image": good * np.nan, "label": label}
+      state, metrics = found.step(state, batch)
       assert int(metrics["skipped_in_a_row"]) == count
     after = jax.tree.map(np.array, checkpoint.to_tree(state))
-    state, metrics = step(state, {"image": good, "label": label})
+    state, metrics = found.step(state, {"image": good, "label": label})
   assert int(metrics["skipped"]) == 2
   assert int(metrics["skipped_in_a_row"]) == 0
   for part in ("live", "opt", "shadow"):

@@ -252,14 +252,13 @@ def test_twins_train_alike(configs):
     params = {path: np.array(leaf) for path, leaf in state.live.items()}
     params["logit_scale"] += 2.1  # Above its maximum.
     state = state.replace(live=jax.tree.map(jax.numpy.array, params))
-    ours = plan_lib.make_step(plan.stage, plan.state, mesh)
     model = twins.make_twin(plan.stage.system, params)
     theirs = twins.make_step(
         model, params, twins.make_inputs(batch),
         config_lib.freeze(config.optim), config.lr, compiled=False,
     )
     for _ in range(3):
-      state, _ = ours(state, batch)
+      state, _ = plan.step(state, batch)
       theirs()
   after = {path: np.asarray(leaf) for path, leaf in state.live.items()}
   for parameter, path, value in model.sources(after):

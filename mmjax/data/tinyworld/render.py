@@ -193,7 +193,7 @@ def draw(
     variety: float,
     dice: Dice,
     warp: float = 0.0,
-) -> Pose:
+) -> tuple[Pose, np.ndarray]:
   """Draws one digit onto `canvas`, in place.
 
   Args:
@@ -207,12 +207,12 @@ def draw(
     warp: see there.
 
   Returns:
-    How the digit stands.
+    How the digit stands, and its `Pose.ink`.
   """
   pose = place(canvas.shape[0], centre, height, variety, dice, warp)
-  region = canvas[pose.window]
-  region += pose.ink(glyph) * (_INK_VALUES[colour] - region)
-  return pose
+  region, ink = canvas[pose.window], pose.ink(glyph)
+  region += ink * (_INK_VALUES[colour] - region)
+  return pose, ink
 
 
 def _bend(reach: float, dice: Dice) -> list[Any]:

@@ -133,10 +133,7 @@ def movement(
   place, down = path.at(np.clip(clock, 0, 1))
   place = pose.turn(place - digits.GLYPH_SIDE / 2) * (_SIDE / size)
   height = _LIFT * (1.0 - down)
-  tip = _smooth(np.concatenate([place, height[:, None]], axis=1))
-  step = _SECONDS / (count - 1)
-  velocity = np.gradient(tip, step, axis=0)
-  felt = np.gradient(velocity, step, axis=0)
+  tip, velocity, felt = _motion(count) @ np.column_stack([place, height])
   lean = tip[:, :2] / _LEVER
   felt[:, :2] += _GRAVITY * lean
   turning = np.zeros_like(felt)
@@ -150,6 +147,19 @@ def movement(
   )
   grain = _PEN_NOISE * sounds.noise(sensed.size, dice).reshape(sensed.shape)
   return (sensed + grain).astype(np.float32)
+
+
+@functools.cache
+def _motion(count: int) -> np.ndarray:
+  """What makes a hand's way, velocity and acceleration of where it should be.
+
+  Returns:
+    f64[3, count, count], of which each is multiplied by f64[count, axes].
+  """
+  step = _SECONDS / (count - 1)
+  way = _smooth(np.eye(count))
+  velocity = np.gradient(way, step, axis=0)
+  return np.stack([way, velocity, np.gradient(velocity, step, axis=0)])
 
 
 def _smooth(signal: np.ndarray) -> np.ndarray:
@@ -242,9 +252,10 @@ class Senses:
   def __getitem__(self, index: int) -> Example:
     deck, size = self._deck, self._size
     position, look, caption = self._deal(index)
-    image, pose = deck.posed(position, size, look, deck.dice(index, "picture"))
-    glyph = digits.hand(deck.split).glyphs[position]
-    ink = pose.ink(glyph)[..., 0]
+    image, pose, ink = deck.posed(
+        position, size, look, deck.dice(index, "picture")
+    )
+    ink = ink[..., 0]
     age = pose.warp(strokes.age(deck.split, position))
     dice = deck.dice(index, "senses")
     film = self._film(index, position, look) if self._frames else {}
@@ -271,10 +282,7 @@ class Senses:
 
   def said(self, index: int) -> tuple[str, Voice]:
     """What is said behind `mel`, and who says it."""
-    dice = self._deck.dice(index, "speech")
-    look = self.look(index)
-    said = spoken.phrase(look.digit, look.colour, dice)
-    return said, dice.choose(speech.voices(self._deck.split))
+    return self._said(index, self.look(index))
 
   def _deal(self, index: int) -> tuple[int, Look, str]:
     position, dice = self._deck.deal(index)
@@ -285,6 +293,11 @@ class Senses:
     look = self._looks[index]
     position = dice.choose(hand.of_digit[look.digit])
     return position, look, text.digit_caption(look)
+
+  def _said(self, index: int, look: Look) -> tuple[str, Voice]:
+    dice = self._deck.dice(index, "speech")
+    said = spoken.phrase(look.digit, look.colour, dice)
+    return said, dice.choose(speech.voices(self._deck.split))
 
   def _film(self, index: int, position: int, look: Look) -> Example:
     """`video`; the same dice for every frame keep the hand."""
@@ -305,7 +318,7 @@ class Senses:
   def _speech(self, index: int, look: Look) -> np.ndarray:
     """f32[M, mels], somewhere in the clip."""
     count, bands = self._mel
-    said, voice = self.said(index)
+    said, voice = self._said(index, look)
     dice = self._deck.dice(index, "clip")
     clip, lasts = _heard(said, voice, count, bands)
     clip = clip.astype(np.float32)

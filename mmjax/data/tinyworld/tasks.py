@@ -97,8 +97,8 @@ class Deck:
       look: Look,
       dice: Dice,
       shift: tuple[float, float] = (0.0, 0.0),
-  ) -> tuple[np.ndarray, render.Pose]:
-    """As `draw`, and how the digit stands, so that more can be drawn alike.
+  ) -> tuple[np.ndarray, render.Pose, np.ndarray]:
+    """As `draw`, with pose and ink, so that more can be drawn alike.
 
     Args:
       position: of the digit in the split's `Hand`.
@@ -111,7 +111,7 @@ class Deck:
     centre = tuple(
         0.5 + dice.between(-_STRAY, _STRAY) + along for along in shift
     )
-    pose = render.draw(
+    pose, ink = render.draw(
         image,
         digits.hand(self.split).glyphs[position],
         look.colour,
@@ -121,7 +121,7 @@ class Deck:
         dice,
         self.warp,
     )
-    return image, pose
+    return image, pose, ink
 
   def draw_scene(
       self,
