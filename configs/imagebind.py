@@ -23,7 +23,7 @@ STAGES = ("align", "bind", "lora")
 _RECIPES = {
     "tiny": dict(
         align=(128, 2000, 100, 2e-3),
-        bind=(128, 1000, 100, 2e-3),
+        bind=(128, 800, 100, 2e-3),
         lora=(128, 400, 20, 2e-3),
     ),
     "huge": dict(

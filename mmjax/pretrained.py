@@ -7,6 +7,7 @@ file holds a `LAYOUT`.
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -213,6 +214,7 @@ def _layout_of(system: Any) -> Layout:
   return module.LAYOUT
 
 
+@functools.lru_cache(maxsize=4)  # To trace a system takes seconds.
 def abstract_params(
     layout: Layout, system: Any
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[Any, ...]]]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mmjax.models import blip2, blip2_layout, qformer
 from mmjax.nn import linear, norm
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 from mmjax.objectives import autoregressive, classification, contrastive
 from mmjax.objectives.term import Context, Term, objective
 from mmjax.weights import layout
@@ -126,7 +126,8 @@ class Pretraining(nn.Module):
 
   def setup(self) -> None:
     """Declares the temperature, which divides."""
-    self.temperature = self.param(
+    self.temperature = param(
+        self,
         "temperature",
         declared(nn.initializers.constant(0.07)),
         (),

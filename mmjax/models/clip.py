@@ -14,7 +14,7 @@ from mmjax import sharding
 from mmjax.models import clip_layout, vit
 from mmjax.nn import linear, norm, position, transformer
 from mmjax.nn import mask as masks
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 from mmjax.objectives import contrastive
 from mmjax.objectives.term import Context, Term, objective
 from mmjax.weights import layout
@@ -315,7 +315,8 @@ class CLIP(nn.Module):
 
   def setup(self) -> None:
     """Declares the temperature."""
-    self.logit_scale = self.param(
+    self.logit_scale = param(
+        self,
         "logit_scale",
         declared(nn.initializers.constant(np.log(1 / 0.07))),
         (),

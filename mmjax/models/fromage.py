@@ -22,7 +22,7 @@ from mmjax.nn import linear, norm
 from mmjax.nn import mask as masks
 from mmjax.nn.cache import Cache
 from mmjax.nn.mask import Mask
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 from mmjax.objectives import autoregressive, contrastive
 from mmjax.objectives.term import Context, Term, objective
 from mmjax.weights import engine, layout
@@ -145,13 +145,15 @@ class FROMAGe(nn.Module):
     self.words = make((self.slots, self._table), ("embed", None, None))
     self.image_joint = make(self.joint, linear.EMBED_TO_JOINT)
     self.text_joint = make(self.joint, linear.EMBED_TO_JOINT)
-    self.ret_row = self.param(
+    self.ret_row = param(
+        self,
         "ret_row",
         declared(linear.normal(self.llm.std), "embed"),
         (self._table,),
         jnp.float32,
     )
-    self.logit_scale = self.param(
+    self.logit_scale = param(
+        self,
         "logit_scale",
         declared(nn.initializers.constant(np.log(1 / 0.07))),
         (),

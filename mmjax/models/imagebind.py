@@ -17,7 +17,7 @@ from mmjax import config
 from mmjax.models import clip, imagebind_layout
 from mmjax.nn import linear, norm, position, transformer
 from mmjax.nn import mask as masks
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 from mmjax.objectives import contrastive
 from mmjax.objectives.term import Context, Term, objective
 from mmjax.weights import layout
@@ -257,7 +257,7 @@ class Tower(nn.Module):
     x = self.stem(x, self.width).astype(self.dtype)
     batch, rows, columns, width = x.shape
     std = linear.normal(width**-0.5)
-    cls = self.param("cls", declared(std, "embed"), (width,), jnp.float32)
+    cls = param(self, "cls", declared(std, "embed"), (width,), jnp.float32)
     cls = jnp.broadcast_to(cls.astype(self.dtype), (batch, 1, width))
     x = jnp.concatenate([cls, x.reshape(batch, -1, width)], axis=1)
     table = position.GridPositions(
@@ -321,7 +321,8 @@ class ImageBind(nn.Module):
   def setup(self) -> None:
     """Declares the inverse temperatures, as logarithms."""
     self.scales = {
-        name: self.param(
+        name: param(
+            self,
             f"{name}_scale",
             declared(nn.initializers.constant(np.log(scale))),
             (),

@@ -15,7 +15,7 @@ from mmjax.models import llava, llm
 from mmjax.nn import linear
 from mmjax.nn.cache import Cache
 from mmjax.nn.mask import Mask
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 from mmjax.objectives import autoregressive
 from mmjax.objectives.term import Context, Term, objective
 from mmjax.weights import layout
@@ -80,7 +80,8 @@ class LLaVANext(nn.Module):
     """Declares the end of a line."""
     decoder = self.base.llm
     width = decoder.table or decoder.width
-    self.newline = self.param(
+    self.newline = param(
+        self,
         "newline",
         declared(linear.normal(width**-0.5), "embed"),
         (width,),

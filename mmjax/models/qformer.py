@@ -19,7 +19,7 @@ from mmjax.nn import linear, norm, position, transformer
 from mmjax.nn import mask as masks
 from mmjax.nn.attention import Attention
 from mmjax.nn.mask import LAST, Mask
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 
 # A pair of sequences: queries [B, Q, D] and text [B, T, D].
 Rows = tuple[jax.Array, jax.Array]
@@ -183,7 +183,8 @@ class QFormer(nn.Module):
           "as many layers behind each look at the picture"
       )
     init = linear.normal(self.std)
-    self.query = self.param(
+    self.query = param(
+        self,
         "query",
         declared(init, None, "embed"),
         (self.queries, self.width),
@@ -274,7 +275,8 @@ class Bias(nn.Module):
   @nn.compact
   def __call__(self, scores: jax.Array) -> jax.Array:
     """Maps f32[..., V] to f32[..., V]."""
-    bias = self.param(
+    bias = param(
+        self,
         "bias", declared(linear.ZEROS, "vocab"), (self.vocab,), jnp.float32
     )
     return scores + bias

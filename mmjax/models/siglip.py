@@ -12,7 +12,7 @@ import numpy as np
 from mmjax import config, sharding
 from mmjax.nn import linear, norm, pool, position, transformer
 from mmjax.nn import mask as masks
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 from mmjax.objectives import sigmoid
 from mmjax.objectives.term import Context, Term, objective
 from mmjax.weights import layout
@@ -304,8 +304,8 @@ def logit_parameters(module: nn.Module) -> tuple[jax.Array, jax.Array]:
   """
   constant = lambda value: declared(nn.initializers.constant(value))
   return (
-      module.param("logit_scale", constant(np.log(10.0)), (), jnp.float32),
-      module.param("logit_bias", constant(-10.0), (), jnp.float32),
+      param(module, "logit_scale", constant(np.log(10.0)), (), jnp.float32),
+      param(module, "logit_bias", constant(-10.0), (), jnp.float32),
   )
 
 

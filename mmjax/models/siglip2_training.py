@@ -19,7 +19,7 @@ from mmjax.models import siglip
 from mmjax.models.siglip import Features, Pairs
 from mmjax.nn import linear, norm, position, transformer, views
 from mmjax.nn import mask as masks
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 from mmjax.objectives import classification, distillation, sigmoid
 from mmjax.objectives.term import Context, Term, objective
 
@@ -120,7 +120,8 @@ class Decoder(nn.Module):
     init = linear.normal(self.width**-0.5)
 
     def vector(name: str) -> jax.Array:
-      found = self.param(
+      found = param(
+          self,
           name, declared(init, "embed"), (self.width,), jnp.float32
       )
       return found.astype(self.dtype)
@@ -183,7 +184,8 @@ class Projector(nn.Module):
       x = linear.Linear(
           features, axes, linear.normal(0.02), dtype=self.dtype, name=name
       )(x)
-    table = self.param(
+    table = param(
+        self,
         "prototypes",
         declared(linear.normal(0.02), "vocab", "joint"),
         (self.prototypes, self.bottleneck),
@@ -219,7 +221,8 @@ class SigLIP2(nn.Module):
   def setup(self) -> None:
     """Declares what belongs to no part."""
     self.logit_scale, self.logit_bias = siglip.logit_parameters(self)
-    self.hidden_token = self.param(
+    self.hidden_token = param(
+        self,
         "hidden_token",
         declared(linear.normal(0.02), "embed"),
         (self.vision.width,),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mmjax import config
 from mmjax.nn import linear, norm, position, transformer
 from mmjax.nn import mask as masks
-from mmjax.nn.partitioning import Initializer, declared
+from mmjax.nn.partitioning import Initializer, declared, param
 from mmjax.objectives import classification
 from mmjax.objectives.term import Context, Term, objective
 from mmjax.weights import layout
@@ -103,7 +103,8 @@ class Encoder(nn.Module):
         name="patch",
     )(image)
     batch, rows, columns, _ = x.shape
-    cls = self.param(
+    cls = param(
+        self,
         "cls", declared(self.cls_init, "embed"), (self.width,), jnp.float32
     )
     cls = jnp.broadcast_to(cls.astype(self.dtype), (batch, 1, self.width))

@@ -17,7 +17,7 @@ from mmjax.kernels import flash_attention as flash
 from mmjax.nn import linear, ring
 from mmjax.nn.cache import Cache
 from mmjax.nn.mask import Mask
-from mmjax.nn.partitioning import Initializer, declared
+from mmjax.nn.partitioning import Initializer, declared, param
 from mmjax.nn.rope import Rotation
 
 # Up to so many new tokens are attended to the cache where it lies; for more, a
@@ -268,7 +268,8 @@ class Attention(nn.Module):
 
   def _extended(self, name: str, x: jax.Array) -> jax.Array:
     """[B, K, H, D] with a learned vector for each head behind the others."""
-    extra = self.param(
+    extra = param(
+        self,
         name,
         declared(self.extra_init, "heads", "head_dim"),
         x.shape[2:],

@@ -16,7 +16,7 @@ from mmjax import sharding
 from mmjax.nn import linear
 from mmjax.nn.attention import dot_product_attention
 from mmjax.nn.mask import Mask
-from mmjax.nn.partitioning import Initializer, declared
+from mmjax.nn.partitioning import Initializer, declared, param
 
 
 class Seen(NamedTuple):
@@ -126,7 +126,8 @@ class GatedCrossBlock(nn.Module):
     """
 
     def gated(name: str, y: jax.Array) -> jax.Array:
-      gate = self.param(
+      gate = param(
+          self,
           f"{name}_gate",
           declared(nn.initializers.constant(self.gate)),
           (),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import sharding
-from mmjax.nn.partitioning import Initializer, declared
+from mmjax.nn.partitioning import Initializer, declared, param
 
 # Names follow Hugging Face's `hidden_act`, so that configs carry over.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -87,7 +87,8 @@ class Linear(nn.Module):
       flat = math.prod(inputs), math.prod(features)
       return self.kernel_init(rng, flat, dtype).reshape(shape)
 
-    kernel = self.param(
+    kernel = param(
+        self,
         "kernel",
         declared(flat_init, *self.axes),
         (*inputs, *features),
@@ -96,13 +97,15 @@ class Linear(nn.Module):
     x = x.astype(self.dtype)
     y = _contract(x, kernel.astype(self.dtype), contracted)
     if self.rank:
-      first = self.param(
+      first = param(
+          self,
           "low_in",
           declared(FAN_IN_UNIFORM, self.axes[0], None),
           (math.prod(inputs), self.rank),
           jnp.float32,
       )
-      second = self.param(
+      second = param(
+          self,
           "low_out",
           declared(ZEROS, None, self.axes[contracted]),
           (self.rank, math.prod(features)),
@@ -114,7 +117,8 @@ class Linear(nn.Module):
       second = second.astype(self.dtype).reshape(-1, *features)
       y += _contract(low, second, 1)
     if self.bias_init is not None:
-      bias = self.param(
+      bias = param(
+          self,
           "bias",
           declared(self.bias_init, *self.axes[contracted:]),
           features,
@@ -193,7 +197,8 @@ class PatchEmbed(nn.Module):
       flat = p * p * channels, self.features
       return self.kernel_init(rng, flat, dtype).reshape(shape)
 
-    kernel = self.param(
+    kernel = param(
+        self,
         "kernel",
         declared(flat_init, "patch", "patch", None, "embed"),
         (p, p, channels, self.features),
@@ -209,7 +214,8 @@ class PatchEmbed(nn.Module):
     x = x.reshape(*x.shape[:3], p * p * channels).astype(self.dtype)
     y = _contract(x, kernel.reshape(-1, self.features).astype(self.dtype), 1)
     if self.bias_init is not None:
-      bias = self.param(
+      bias = param(
+          self,
           "bias",
           declared(self.bias_init, "embed"),
           (self.features,),
@@ -236,7 +242,8 @@ class Embed(nn.Module):
 
   def setup(self) -> None:
     """Declares the table."""
-    self.embedding = self.param(
+    self.embedding = param(
+        self,
         "embedding",
         declared(self.table_init, "vocab", "embed"),
         (self.vocab, self.features),
@@ -268,7 +275,8 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, hidden: jax.Array) -> jax.Array:
     """Maps [B, L, E] to f32[B, L, V]."""
-    kernel = self.param(
+    kernel = param(
+        self,
         "kernel",
         declared(normal(self.std), *EMBED_TO_VOCAB),
         (hidden.shape[-1], self.vocab),

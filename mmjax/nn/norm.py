@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 
 
 class LayerNorm(nn.Module):
@@ -25,10 +25,12 @@ class LayerNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [..., D] to [..., D]."""
     shape = x.shape[-1:]
-    scale = self.param(
+    scale = param(
+        self,
         "scale", declared(nn.initializers.ones, "embed"), shape, jnp.float32
     )
-    bias = self.param(
+    bias = param(
+        self,
         "bias", declared(nn.initializers.zeros, "embed"), shape, jnp.float32
     )
     # Recomputed backward: cheaper than to write and read what it would keep.
@@ -63,7 +65,8 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [..., D] to [..., D]."""
-    scale = self.param(
+    scale = param(
+        self,
         "scale",
         declared(nn.initializers.ones, "embed"),
         x.shape[-1:],

@@ -17,7 +17,7 @@ from mmjax.nn import linear, transformer
 from mmjax.nn import mask as masks
 from mmjax.nn.cross import CrossAttention
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 
 # Projections without biases, drawn as PyTorch does.
 INIT = transformer.BlockInit(
@@ -105,7 +105,8 @@ class Resampler(nn.Module):
     """
     chex.assert_rank(features, 5)
     batch, count, time, spots, width = features.shape
-    table = lambda name, length: self.param(
+    table = lambda name, length: param(
+        self,
         name,
         declared(linear.normal(self.spread), None, "embed"),
         (length, width),

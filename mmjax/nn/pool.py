@@ -10,7 +10,7 @@ from mmjax.nn import linear, transformer
 from mmjax.nn.attention import Attention
 from mmjax.nn.mask import Mask
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.partitioning import declared
+from mmjax.nn.partitioning import declared, param
 
 
 def _probe_init(rng: jax.Array, shape: Any, dtype: Any) -> jax.Array:
@@ -49,7 +49,8 @@ class AttentionPool(nn.Module):
       mask: of one query and K keys.
     """
     width = x.shape[-1]
-    probe = self.param(
+    probe = param(
+        self,
         "probe", declared(_probe_init, "embed"), (width,), jnp.float32
     )
     query = jnp.broadcast_to(probe.astype(self.dtype), (len(x), 1, width))

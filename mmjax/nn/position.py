@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.nn.partitioning import Initializer, declared
+from mmjax.nn.partitioning import Initializer, declared, param
 
 
 def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
@@ -93,7 +93,8 @@ class GridPositions(nn.Module):
   def __call__(self, features: int, grid: Sequence[int]) -> jax.Array:
     """The positions f32[prefix + rows * columns, features] of `grid`."""
     rows = self.prefix + int(np.prod(self.grid))
-    table = self.param(
+    table = param(
+        self,
         "table",
         declared(self.table_init, "position", "embed"),
         (rows, features),
@@ -127,7 +128,8 @@ class SequencePositions(nn.Module):
       raise ValueError(
           f"sequence of {length} tokens: the model has {self.length} positions"
       )
-    table = self.param(
+    table = param(
+        self,
         "table",
         declared(self.table_init, "position", "embed"),
         (self.length, features),
@@ -188,7 +190,8 @@ class FlexPositions(nn.Module):
     Returns:
       f32[B, N, D]; behind its last patch an image repeats the first position.
     """
-    table = self.param(
+    table = param(
+        self,
         "table",
         declared(self.table_init, "position", "embed"),
         (int(np.prod(self.grid)), features),
@@ -221,7 +224,8 @@ class LearnedPositions(nn.Module):
   @nn.compact
   def __call__(self, position: jax.Array, features: int) -> jax.Array:
     """The rows f32[B or 1, L, features] of i32[B or 1, L]."""
-    table = self.param(
+    table = param(
+        self,
         "table",
         declared(nn.initializers.normal(self.std), "position", "embed"),
         (self.length + self.offset, features),

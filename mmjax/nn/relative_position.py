@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax import config
-from mmjax.nn.partitioning import Initializer, declared
+from mmjax.nn.partitioning import Initializer, declared, param
 
 # What a query may look at: keys on both sides, or itself and what came before.
 SIDES = ("both", "past")
@@ -84,7 +84,8 @@ class RelativePositions(nn.Module):
           f"{self.longest}; expected at least {least} buckets, and a distance "
           f"above {self.buckets // least}"
       )
-    table = self.param(
+    table = param(
+        self,
         "table",
         declared(self.table_init, None, "heads"),
         (self.buckets, self.heads),

@@ -145,17 +145,21 @@ def make_init(
     variables = partitioning.unbox(
         stage.system.init(_init_rngs(jax.random.fold_in(key, 0)), **rows)
     )
-    params = flat(variables.pop("params")) | imported
+    return begin(variables, jax.random.fold_in(key, 1), imported)
+
+  def begin(variables: Any, key: jax.Array, imported: Flat) -> TrainState:
+    mutables = dict(variables)
+    params = flat(mutables.pop("params")) | imported
     return TrainState(
         step=jnp.int32(0),
-        rng=jax.random.key_data(jax.random.fold_in(key, 1)),
+        rng=jax.random.key_data(key),
         live={path: params[path] for path in live},
         frozen={
             path: leaf.astype(stage.frozen_dtype)
             for path, leaf in params.items()
             if path not in live
         },
-        mutables=dict(variables),
+        mutables=mutables,
         opt=stage.optimizer(params).init({p: params[p] for p in live}),
         shadow={p: jnp.copy(params[p]) for p in stage.shadow_decay(live)},
         skipped=jnp.int32(0),
@@ -163,7 +167,7 @@ def make_init(
     )
 
   imported = dict(imported or {})
-  state = jax.eval_shape(init, jnp.int32(0), imported)
+  state = jax.eval_shape(begin, shapes, jax.random.key(0), imported)
   placed = _shardings(state, axes, mesh)
   state = jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(
