@@ -32,6 +32,7 @@ def close(found, expected, tolerance=2e-5):
 
 
 @functools.cache
+@functools.cache
 def golden(name):
   system, variables, _ = pretrained.from_pretrained(GOLDEN / name)
   with np.load(GOLDEN / name / "golden.npz") as arrays:

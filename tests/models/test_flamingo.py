@@ -30,6 +30,7 @@ def close(found, expected, tolerance=1e-5):
   assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
 
 
+@functools.cache
 def golden(name):
   system, variables, _ = pretrained.from_pretrained(GOLDEN / name)
   with np.load(GOLDEN / name / "golden.npz") as arrays:

@@ -1,5 +1,6 @@
 """LLaVA-NeXT: goldens of transformers, tiles and lines, whatever the shape."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ def grids(system):
   return anyres.Grids(tower.image[0], tower.patch, system.pinpoints)
 
 
+@functools.cache
 def golden(name):
   """The system, and all its pictures as one padded batch."""
   system, variables, _ = pretrained.from_pretrained(GOLDEN / name)

@@ -57,6 +57,7 @@ def build(name):
 
 
 @functools.cache
+@functools.cache
 def golden(name):
   system, variables, _ = pretrained.from_pretrained(GOLDEN / name)
   with np.load(GOLDEN / name / "golden.npz") as arrays:

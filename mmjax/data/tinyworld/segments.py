@@ -30,19 +30,20 @@ class SegmentedDigits:
     return self._deck.length
 
   def __getitem__(self, index: int) -> Example:
-    image, _, look = self._draw(index)
+    (image, _, _), look = self._draw(index)
     return {"image": image, "label": np.int32(look.digit)}
 
   def ink(self, index: int) -> np.ndarray:
     """How far ink covers each pixel, f32[size, size] in [0, 1]."""
-    _, pose, _ = self._draw(index)
-    position, _ = self._deck.deal(index)
+    (_, pose, ink), _ = self._draw(index)
     found = np.zeros((self._size, self._size), np.float32)
-    glyph = digits.hand(self._deck.split).glyphs[position]
-    found[pose.window] = pose.ink(glyph)[..., 0]
+    found[pose.window] = ink[..., 0]
     return found
 
-  def _draw(self, index: int) -> tuple[np.ndarray, render.Pose, Look]:
+  def _draw(
+      self, index: int
+  ) -> tuple[tuple[np.ndarray, render.Pose, np.ndarray], Look]:
+    """What `Deck.posed` gives, and what is shown."""
     position, dice = self._deck.deal(index)
     look = Look.drawn(digits.hand(self._deck.split).labels[position], dice)
-    return *self._deck.posed(position, self._size, look, dice), look
+    return self._deck.posed(position, self._size, look, dice), look
