@@ -173,6 +173,7 @@ def test_hidden_tiles_are_not_read():
   assert not np.asarray(found["dv"])[:, 128:256].any()
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(
     jax.__version_info__ >= (0, 12),
     reason="the detector of jax 0.12 calls the read of a worker and the copy "

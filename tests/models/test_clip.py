@@ -131,6 +131,7 @@ def test_the_temperature_stays_below_its_bound_and_can_return():
   assert seen[-1] < clip.MAX_LOGIT_SCALE - 0.1
 
 
+@pytest.mark.slow
 def test_chunks_change_memory_and_not_the_gradient(tiny):
   system, found, image, tokens = tiny
   image = jnp.tile(image, (4, 1, 1, 1)) + RNG.normal(size=(16, 1, 1, 1))

@@ -142,7 +142,14 @@ def layer(stack, number):
 
 
 @pytest.mark.parametrize(
-    "depth,every,first", [(5, 2, 0), (5, 2, 1), (3, 1, 0), (7, 3, 2), (2, 4, 1)]
+    "depth,every,first",
+    [
+        (7, 3, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((5, 2, 0), (5, 2, 1), (3, 1, 0), (2, 4, 1))
+        ),
+    ],
 )
 def test_groups_are_layers_one_after_the_other(depth, every, first):
   """Against each layer applied by itself, in the order of the paper."""

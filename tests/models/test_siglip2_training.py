@@ -105,6 +105,7 @@ def test_chunks_change_neither_loss_nor_gradient(tiny, losses):
   )
 
 
+@pytest.mark.slow
 def test_only_the_student_learns(tiny, losses):
   _, found, _, _ = tiny
   params = found["params"]

@@ -250,6 +250,7 @@ def gradient(system, variables, batch):
   return jax.jit(jax.grad(loss))(variables["params"])
 
 
+@pytest.mark.slow
 def test_recomputing_and_sharding_change_no_gradient():
   variables = drawn()
   batch = {key: np.concatenate([x, x])[:4] for key, x in BATCH.items()}

@@ -265,7 +265,11 @@ def test_a_projector_only_stage_needs_less_memory_than_masked_updates():
 @pytest.mark.parametrize("kind", toys.KINDS)
 @pytest.mark.parametrize(
     "shape",
-    [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, tensor=4)],
+    [
+        dict(fsdp=2, tensor=4),
+        pytest.param(dict(data=8), marks=pytest.mark.slow),
+        pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_eight_devices_give_the_losses_of_one(kind, shape):

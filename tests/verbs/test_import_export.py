@@ -47,6 +47,7 @@ def test_there_and_back(tmp_path, capsys):
   assert "stands at step 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_imported_parameters(tmp_path):
   source, run = tmp_path / "source", tmp_path / "run"
   variables = donor(source)

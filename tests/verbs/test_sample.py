@@ -87,6 +87,7 @@ def test_a_chat_goes_on_after_mistakes(folder, capsys, monkeypatch):
   assert "2 <image> in the text, but 1 pictures" in errors[2]
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_as_it_was_trained(folder, capsys, tmp_path):
   where = ["--workdir", tmp_path / "run"]
   file = f"{ROOT / 'configs' / 'llava.py'}:stage=finetune"

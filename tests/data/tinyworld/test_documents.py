@@ -47,7 +47,8 @@ def test_an_index_is_one_example_everywhere(make):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_only_the_hand_of_the_split_is_drawn(make, split, monkeypatch):
   drawn = []
-  monkeypatch.setattr(render, "draw", lambda _, glyph, *__: drawn.append(glyph))
+  draw = lambda _, glyph, *__: (drawn.append(glyph), None)
+  monkeypatch.setattr(render, "draw", draw)
   source = make(split)
   glyphs = digits.hand(split).glyphs
   for index in range(30):
@@ -138,7 +139,8 @@ def test_words_and_places_of_episodes_tell_nothing():
 
 def test_an_episode_never_shows_the_scan_that_it_asks_for(monkeypatch):
   drawn = []
-  monkeypatch.setattr(render, "draw", lambda _, glyph, *__: drawn.append(glyph))
+  draw = lambda _, glyph, *__: (drawn.append(glyph), None)
+  monkeypatch.setattr(render, "draw", draw)
   source = documents.FewShot("test", shots=8, ways=1)
   for index in range(100):
     drawn.clear()

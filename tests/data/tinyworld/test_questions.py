@@ -174,7 +174,8 @@ def test_a_picture_shows_its_scene(make):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_only_the_hand_of_the_split_is_drawn(make, split, monkeypatch):
   drawn = []
-  monkeypatch.setattr(render, "draw", lambda _, glyph, *__: drawn.append(glyph))
+  draw = lambda _, glyph, *__: (drawn.append(glyph), None)
+  monkeypatch.setattr(render, "draw", draw)
   source = make(split)
   hand = digits.hand(split)
   for index in range(50):

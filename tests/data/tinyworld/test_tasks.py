@@ -93,7 +93,8 @@ def test_examples_never_change():
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_only_the_hand_of_the_split_is_drawn(make, split, monkeypatch):
   drawn = []
-  monkeypatch.setattr(render, "draw", lambda _, glyph, *__: drawn.append(glyph))
+  draw = lambda _, glyph, *__: (drawn.append(glyph), None)
+  monkeypatch.setattr(render, "draw", draw)
   source = make(split, length=50)
   for index in range(50):
     source[index]
@@ -103,7 +104,8 @@ def test_only_the_hand_of_the_split_is_drawn(make, split, monkeypatch):
 
 def test_retrieval_draws_held_out_digits(monkeypatch):
   drawn = []
-  monkeypatch.setattr(render, "draw", lambda _, glyph, *__: drawn.append(glyph))
+  draw = lambda _, glyph, *__: (drawn.append(glyph), None)
+  monkeypatch.setattr(render, "draw", draw)
   source = tasks.retrieval_set(n=40)
   for index in range(40):
     source[index]
