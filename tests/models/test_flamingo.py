@@ -156,23 +156,30 @@ def test_groups_are_layers_one_after_the_other(depth, every, first):
   system, _, variables, images, tokens, media = drawn(depth, every, first)
   hidden = jax.jit(functools.partial(system.apply, method="hidden_states"))
   found, _ = hidden(variables, images, tokens, media)
-  params = variables["params"]
-  bound = system.bind(variables)
-  pictures = bound.encode(images).reshape(2, -1, 96)
-  seeing = masks.media(media, 3, system.resampler.latents)
-  x, mask, rotation = bound.llm.enter(tokens)
   gated = list(range(first, depth, every))
   assert system.gated == len(gated)
-  gate = flamingo.GatedCrossBlock(**bound._parts, parent=None)
-  for number in range(depth):
-    if number in gated:
-      mine = layer(params["gates"], gated.index(number))
-      x, _ = gate.apply({"params": mine}, x, seeing, pictures)
-    mine = layer(params["llm"]["blocks"], number)
-    (x, _), _ = bound.llm.block.apply(
-        {"params": mine}, (x, None), number, mask, rotation
-    )
-  np.testing.assert_allclose(found, bound.llm.norm(x), atol=2e-4)
+
+  @jax.jit
+  def expected(variables, images, tokens, media):
+    params = variables["params"]
+    bound = system.bind(variables)
+    pictures = bound.encode(images).reshape(2, -1, 96)
+    seeing = masks.media(media, 3, system.resampler.latents)
+    x, mask, rotation = bound.llm.enter(tokens)
+    gate = flamingo.GatedCrossBlock(**bound._parts, parent=None)
+    for number in range(depth):
+      if number in gated:
+        mine = layer(params["gates"], gated.index(number))
+        x, _ = gate.apply({"params": mine}, x, seeing, pictures)
+      mine = layer(params["llm"]["blocks"], number)
+      (x, _), _ = bound.llm.block.apply(
+          {"params": mine}, (x, None), number, mask, rotation
+      )
+    return bound.llm.norm(x)
+
+  np.testing.assert_allclose(
+      found, expected(variables, images, tokens, media), atol=2e-4
+  )
 
 
 def test_each_token_sees_its_picture_and_no_other():
@@ -192,7 +199,7 @@ def test_each_token_sees_its_picture_and_no_other():
 
 def test_a_dialogue_goes_on_from_its_state():
   system, _, variables, images, tokens, media = drawn()
-  whole, _ = system.apply(variables, images, tokens, media)
+  whole, _ = jax.jit(system.apply)(variables, images, tokens, media)
   count = np.array([9, 10], np.int32)
   state = system.init_state(2, 16)
   prompt, state = jax.jit(system.apply)(
@@ -204,7 +211,7 @@ def test_a_dialogue_goes_on_from_its_state():
   # The text goes on behind the picture that its row saw last.
   media = media.copy()
   media[0, 9:] = media[0, 8]
-  whole, _ = system.apply(variables, images, tokens, media)
+  whole, _ = jax.jit(system.apply)(variables, images, tokens, media)
   for step in range(2):
     at = count + step
     logits, state = reply(tokens[np.arange(2), at][:, None], state)
@@ -215,7 +222,7 @@ def test_a_dialogue_goes_on_from_its_state():
 
 def test_videos_are_read_frame_by_frame():
   system, _, variables, images, _, _ = drawn()
-  encode = lambda x: system.apply(variables, x, method="encode")
+  encode = jax.jit(lambda x: system.apply(variables, x, method="encode"))
   video = np.stack([images, images[:, ::-1]], axis=2)
   found = encode(video)
   assert found.shape == (2, 3, 4, 96)
@@ -239,14 +246,15 @@ def test_losses_of_data_sets_apart():
       kind=np.array([1, 0], np.int32),
   )
   context = Context(jnp.int32(0), jax.random.key(0), None)
-  terms, mutables = flamingo.next_token(
-      system, variables, batch, context, sets=("web", "pairs", "film")
-  )
+  sets = "web", "pairs", "film"
+  terms, mutables = jax.jit(
+      functools.partial(flamingo.next_token, system, sets=sets)
+  )(variables, batch, context)
   assert mutables == {} and float(terms["next_token_film"].weight) == 0
   # The first row as two documents, each by itself.
   total, weight = 0.0, 0.0
   for part in (slice(0, 6), slice(6, 12)):
-    logits, _ = system.apply(
+    logits, _ = jax.jit(system.apply)(
         variables, images[:1], tokens[:1, part], media[:1, part]
     )
     chosen = jnp.take_along_axis(
