@@ -2,13 +2,14 @@
 
 Measures how many examples a second come out of a loader: shuffled, decoded,
 transformed and stacked. The same files lie in a folder, in tars, in Parquet,
-in ArrayRecords and in a TFDS directory; where PyTorch is installed its
-DataLoader reads the folder with the same decoding and transform, in a process
-of its own, with as many workers as there are cores and without any. TFDS is
-also read as it is, with its own decoder and sampler of indices. All use all
-cores that this process may use; taskset chooses fewer. "CPU ms" is what an
-example costs of one core, workers included: unlike the time of a batch it does
-not depend on what else runs on the machine.
+in ArrayRecords and in a TFDS directory, read by threads; the folder also by as
+many workers as there are cores. Where PyTorch is installed its DataLoader reads
+the folder with the same decoding and transform, in a process of its own, with
+as many workers and without any. TFDS is also read as it is, with its own
+decoder and sampler of indices. All use all cores that this process may use;
+taskset chooses fewer. "CPU ms" is what an example costs of one core, workers
+included: unlike the time of a batch it does not depend on what else runs on the
+machine.
 """
 
 from collections.abc import Callable, Iterator, Mapping
