@@ -69,7 +69,7 @@ def _text(
   )  # fmt: skip
 
 
-# Of all but pictures, whose tower is CLIP's (official code).
+# Of all but pictures, whose tower is OpenCLIP's (official code).
 _INIT = transformer.BlockInit(
     qkv=linear.XAVIER_OF_THREE, mlp_bias=linear.ZEROS
 )
@@ -228,7 +228,8 @@ class Tower(nn.Module):
     width: D.
     depth: number of blocks.
     heads: attention heads.
-    stem_norm: whether a norm stands before the blocks (pictures).
+    stem_norm: whether a norm stands before the blocks, which then start as
+      CLIP's do (pictures).
     extra: whether all tokens see one learned key and value besides (others).
     drop_path: rate at which the last block is left out; it rises from 0.
     dropout: rate before the projection.

@@ -33,8 +33,9 @@ def param(
     return module.param(name, init, shape, dtype)
   found = nn.unbox(module.get_variable("params", name))
   if found.shape != tuple(shape):
-    path = module.scope.path_text if module.scope else ""
-    raise errors.ScopeParamShapeError(name, path, found.shape, shape)
+    raise errors.ScopeParamShapeError(
+        name, module.scope.path_text, found.shape, shape
+    )
   return found
 
 
