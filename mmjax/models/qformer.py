@@ -277,6 +277,9 @@ class Bias(nn.Module):
     """Maps f32[..., V] to f32[..., V]."""
     bias = param(
         self,
-        "bias", declared(linear.ZEROS, "vocab"), (self.vocab,), jnp.float32
+        "bias",
+        declared(linear.ZEROS, "vocab"),
+        (self.vocab,),
+        jnp.float32,
     )
     return scores + bias

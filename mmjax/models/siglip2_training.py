@@ -122,7 +122,10 @@ class Decoder(nn.Module):
     def vector(name: str) -> jax.Array:
       found = param(
           self,
-          name, declared(init, "embed"), (self.width,), jnp.float32
+          name,
+          declared(init, "embed"),
+          (self.width,),
+          jnp.float32,
       )
       return found.astype(self.dtype)
 

@@ -105,7 +105,10 @@ class Encoder(nn.Module):
     batch, rows, columns, _ = x.shape
     cls = param(
         self,
-        "cls", declared(self.cls_init, "embed"), (self.width,), jnp.float32
+        "cls",
+        declared(self.cls_init, "embed"),
+        (self.width,),
+        jnp.float32,
     )
     cls = jnp.broadcast_to(cls.astype(self.dtype), (batch, 1, self.width))
     x = jnp.concatenate([cls, x.reshape(batch, -1, self.width)], axis=1)

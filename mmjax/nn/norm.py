@@ -27,11 +27,17 @@ class LayerNorm(nn.Module):
     shape = x.shape[-1:]
     scale = param(
         self,
-        "scale", declared(nn.initializers.ones, "embed"), shape, jnp.float32
+        "scale",
+        declared(nn.initializers.ones, "embed"),
+        shape,
+        jnp.float32,
     )
     bias = param(
         self,
-        "bias", declared(nn.initializers.zeros, "embed"), shape, jnp.float32
+        "bias",
+        declared(nn.initializers.zeros, "embed"),
+        shape,
+        jnp.float32,
     )
     # Recomputed backward: cheaper than to write and read what it would keep.
     normalize = jax.checkpoint(_layer_norm, prevent_cse=False)

@@ -51,7 +51,10 @@ class AttentionPool(nn.Module):
     width = x.shape[-1]
     probe = param(
         self,
-        "probe", declared(_probe_init, "embed"), (width,), jnp.float32
+        "probe",
+        declared(_probe_init, "embed"),
+        (width,),
+        jnp.float32,
     )
     query = jnp.broadcast_to(probe.astype(self.dtype), (len(x), 1, width))
     y = Attention(

@@ -184,17 +184,26 @@ def test_paths_are_dropped_only_while_training(tiny):
 def test_first_parameters_are_the_official_ones():
   size = dict(imagebind.SIZES["tiny"], type="mmjax.models.imagebind:ImageBind")
   system = config.build(size, "system")
-  mel = jnp.zeros(imagebind.LAYOUT.inputs(system)["mel"].shape, jnp.float32)
+  inputs = {
+      name: jnp.zeros(imagebind.LAYOUT.inputs(system)[name].shape, jnp.float32)
+      for name in ("image", "mel")
+  }
   params = partitioning.unbox(
-      jax.jit(lambda key: system.init(key, mel=mel))(jax.random.key(0))
+      jax.jit(lambda key: system.init(key, **inputs))(jax.random.key(0))
   )["params"]
   for name, scale in imagebind.SCALES.items():
     assert np.exp(params[f"{name}_scale"]) == pytest.approx(scale, rel=1e-5)
   audio = params["audio"]
   assert np.std(audio["position"]["table"]) == pytest.approx(96**-0.5, rel=0.1)
-  assert np.std(audio["blocks"]["mlp"]["up"]["kernel"]) == pytest.approx(
-      (2 / (5 * 96)) ** 0.5, rel=0.1
-  )
+  # Xavier for most; for queries, keys and values as one; PyTorch's for CLIP's.
+  for tower, up in ((audio, 2 / (5 * 96)), (params["vision"], 1 / (3 * 96))):
+    blocks = tower["blocks"]
+    assert np.std(blocks["mlp"]["up"]["kernel"]) == pytest.approx(
+        up**0.5, rel=0.1
+    )
+    assert np.std(blocks["attention"]["query"]["kernel"]) == pytest.approx(
+        (2 / (4 * 96)) ** 0.5, rel=0.1
+    )
   assert not np.any(audio["blocks"]["attention"]["query"]["bias"])
 
 
